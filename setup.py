@@ -1,0 +1,23 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+setup(
+    name="llama",
+    version="0.1.0",
+    description="Llama weights on disk to tokens: the readable reference, at the speed of memory",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["llama", "llama.*"]),
+    package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.chk", "demo/*.model"]},
+    python_requires=">=3.10",
+    install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
+    extras_require={
+        "cli": ["tqdm>=4.60"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "transformers>=4.50"],
+        "dev": ["ruff>=0.6", "mypy>=1.11"],
+    },
+)
