@@ -1,0 +1,199 @@
+"""One way in for weights: open a folder, build on meta, then read, cut, cast and place each tensor.
+
+Ties the formats together and accounts for every tensor; knows the Transformer's parameters by name
+and nothing about how they are used. The surprising thing: on a CPU, tensors that lie in the files
+just as they are wanted are not copied at all; the parameters are the mapped file.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama.checkpoint.meta import open_meta, write_meta
+from llama.checkpoint.names import groups, local_shape, local_slice
+from llama.checkpoint.plan import Plan, check, check_memory, free_memory, make_plan
+from llama.checkpoint.random import random_checkpoint
+from llama.checkpoint.source import Checkpoint, LazyTensor, Part, mapped_parts
+from llama.model import RopeScaling, Transformer
+from llama.parallel import Ranks
+from llama.progress import progress
+
+__all__ = [
+    "Checkpoint",
+    "LazyTensor",
+    "Part",
+    "Plan",
+    "check",
+    "check_memory",
+    "free_memory",
+    "load",
+    "make_plan",
+    "open_checkpoint",
+    "random_checkpoint",
+    "write_meta",
+]
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 2**26  # bytes that are copied at a time: what a cast on the way may hold in memory
+
+
+def open_checkpoint(
+    ckpt_dir: str | Path, *, rope_scaling: float | RopeScaling | None = None
+) -> Checkpoint:
+    """Look at the weights in a folder (or in its `original/`) without reading them.
+
+    rope_scaling replaces what params.json implies: a factor, 1 for none, or all four constants.
+    Raises FileNotFoundError or ValueError in one sentence where the folder is not what it should
+    be.
+    """
+    path = _find_folder(Path(ckpt_dir))
+    return open_meta(path, {} if rope_scaling is None else _rope_override(rope_scaling))
+
+
+def _find_folder(path: Path) -> Path:
+    """The folder that holds params.json and shards, or an error that says what is there instead."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such folder")
+    if path.is_file():
+        gguf = "; GGUF is not read yet by this version, Meta's files are"
+        raise ValueError(
+            f"{path} is a file, and the folder that holds params.json and consolidated.NN.pth is "
+            f"needed{gguf if path.suffix == '.gguf' else ''}"
+        )
+    for folder in (path, path / "original"):
+        has_params = (folder / "params.json").exists()
+        has_shards = any(folder.glob("consolidated.*.pth"))
+        if has_params and has_shards:
+            return folder
+        if has_params or has_shards:
+            lacks = "consolidated.00.pth" if has_params else "params.json"
+            raise FileNotFoundError(f"{folder / lacks} is missing; it belongs beside the others")
+    for pattern, format_name in (("*.gguf", "GGUF"), ("*.safetensors", "Hugging Face's format"),
+                                 ("config.json", "Hugging Face's format")):  # fmt: skip
+        if any(path.glob(pattern)):
+            raise ValueError(
+                f"{path}: {format_name} is not read yet by this version; Meta's files are "
+                "(params.json and consolidated.NN.pth)"
+            )
+    raise FileNotFoundError(
+        f"{path}: neither params.json nor consolidated.00.pth is in this folder"
+    )
+
+
+def _rope_override(rope_scaling: float | RopeScaling) -> dict[str, Any]:
+    if isinstance(rope_scaling, RopeScaling):
+        return {"use_scaled_rope": True, "rope_scaling": rope_scaling}
+    if (
+        isinstance(rope_scaling, bool)
+        or not isinstance(rope_scaling, (int, float))
+        or not (1 <= rope_scaling < math.inf)
+    ):
+        raise ValueError(f"rope_scaling={rope_scaling!r}: a factor of at least 1 (1: no scaling)")
+    scaling = None if rope_scaling == 1 else RopeScaling(factor=float(rope_scaling))
+    return {"use_scaled_rope": scaling is not None, "rope_scaling": scaling}
+
+
+def load(
+    checkpoint: Checkpoint,
+    *,
+    ranks: Ranks,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    show_progress: bool = False,
+) -> Transformer:
+    """The model of this rank on `device`, its weights in `dtype` (None: the checkpoint's own).
+
+    Never holds much more than the weights themselves: parts are copied from where they lie to where
+    they stay. Raises ValueError where the model cannot be cut into `ranks`.
+    """
+    device = torch.device(device)
+    wanted = _wanted_dtype(checkpoint, device, dtype)
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(checkpoint.args), ranks)
+    names = {name for name, _ in model.named_parameters()}
+    assert names == set(checkpoint.tensors), names ^ set(checkpoint.tensors)
+    total = sum(p.numel() for p in model.parameters()) * wanted.itemsize
+    with progress("loading weights", total, unit="B", enabled=show_progress) as advance:
+        for group in groups(checkpoint.args):
+            held = [name for name in group if name in checkpoint.tensors]  # tied: no output
+            if not held:
+                continue
+            placed = _place(checkpoint, held, ranks, device, wanted, advance)
+            for name, tensor in zip(held, placed, strict=True):
+                module = model.get_submodule(name.removesuffix(".weight"))
+                module.weight = nn.Parameter(tensor, requires_grad=False)
+    if checkpoint.args.tied:
+        model.output.weight = model.tok_embeddings.weight
+    model.freqs = model.freqs.to(device)
+    unplaced = [name for name, p in model.named_parameters() if p.is_meta]
+    assert not unplaced, unplaced
+    return model.eval()
+
+
+def _wanted_dtype(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
+) -> torch.dtype:
+    """The dtype of all parameters; says so where that is not what a person would expect."""
+    wanted = checkpoint.dtype if dtype is None else dtype
+    if not (isinstance(wanted, torch.dtype) and wanted.is_floating_point and wanted.itemsize > 1):
+        raise ValueError(f"dtype={dtype!r}: use torch.bfloat16, torch.float16 or torch.float32")
+    others = sorted({str(t.dtype) for t in checkpoint.tensors.values()} - {str(checkpoint.dtype)})
+    if dtype is None and others:
+        logger.warning(
+            "some tensors are stored as %s and loaded as %s, like the rest",
+            ", ".join(others),
+            wanted,
+        )
+    if wanted == torch.bfloat16 and device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not native:
+            logger.warning(
+                "%s has no bfloat16 arithmetic and will be slow; dtype=torch.float16 is faster, at "
+                "other roundings",
+                torch.cuda.get_device_name(device),
+            )
+    return wanted
+
+
+def _place(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Callable[[int], object],
+) -> list[Tensor]:
+    """This rank's parts of tensors that belong together: mapped, or views of one new storage."""
+    views = mapped_parts(checkpoint, names, ranks, device, dtype)
+    if views is not None:
+        advance(sum(view.nbytes for view in views))
+        return views
+    sizes = [local_shape(name, checkpoint.args, ranks.size) for name in names]
+    rows = [size[0] for size in sizes]
+    storage = torch.empty((sum(rows), *sizes[0][1:]), dtype=dtype, device=device)
+    targets = list(torch.split(storage, rows))
+    for name, target in zip(names, targets, strict=True):
+        cut = local_slice(name, checkpoint.args, ranks.rank, ranks.size)
+        if cut is not None:
+            dim, start, stop = cut
+            target.narrow(dim, stop - start, target.shape[dim] - (stop - start)).zero_()
+        for part in checkpoint.tensors[name].parts(*(cut or ())):
+            length = part.tensor.shape[part.dim]
+            _copy(target.narrow(part.dim, part.offset, length), part.tensor, advance)
+    return targets
+
+
+def _copy(target: Tensor, source: Tensor, advance: Callable[[int], object]) -> None:
+    """Copy block by block: a cast between devices holds a copy of what it casts."""
+    rows = max(1, _BLOCK // (target[:1].nbytes or 1))
+    for there, here in zip(torch.split(target, rows), torch.split(source, rows), strict=True):
+        there.copy_(here)
+        advance(there.nbytes)

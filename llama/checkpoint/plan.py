@@ -1,0 +1,299 @@
+"""The memory that a model will need on each rank, added up before anything is allocated.
+
+Knows shapes and arithmetic, and how much each kind of device says is free; allocates nothing. The
+surprising thing: weights on a CPU may be the mapped files, and then they are not counted as needed:
+the system can drop those pages and read them again, which is slow but never fails.
+
+Letters: N rows of a chunk, D dim, H query and K key/value heads of this rank, E head size, F hidden
+size of this rank, V vocabulary, L keys, b bytes of a number.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from llama.checkpoint.names import local_shape, shapes
+from llama.checkpoint.source import Checkpoint, mapped_parts
+from llama.model import ModelArgs
+from llama.parallel import Ranks
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes on one rank, by part, and what they were computed from."""
+
+    args: ModelArgs
+    dtype: torch.dtype
+    ranks: int
+    max_batch_size: int
+    max_seq_len: int
+    chunk: int
+    logits_rows: int
+    cache_dtype: torch.dtype
+    mapped: bool  # the weights are mapped files
+
+    @property
+    def weights(self) -> int:
+        names = set(shapes(self.args)) - ({"output.weight"} if self.args.tied else set())
+        numbers = sum(prod(local_shape(name, self.args, self.ranks)) for name in names)
+        return numbers * self.dtype.itemsize
+
+    @property
+    def cache_per_token(self) -> int:
+        """Keys and values of one position of one sequence, in all layers."""
+        kv_heads = max(1, self.args.n_kv_heads // self.ranks)
+        return 2 * self.args.n_layers * kv_heads * self.args.head_dim * self.cache_dtype.itemsize
+
+    @property
+    def cache(self) -> int:
+        return self.cache_per_token * self.max_batch_size * self.max_seq_len
+
+    @property
+    def workspace_per_key(self) -> int:
+        """What attention of a chunk holds for each key of the longest sequence: a mask at most."""
+        chunk = min(self.chunk, self.max_seq_len)
+        heads = self.args.n_heads // self.ranks
+        repeated = 2 * heads * self.args.head_dim * 4 if self.dtype == torch.float32 else 0
+        return repeated + chunk * (1 + self.dtype.itemsize)
+
+    @property
+    def workspace(self) -> int:
+        """An upper estimate of what one prefill chunk of N rows holds beside weights and cache.
+
+        The larger of attention and feed-forward, the residual and normed states of both, and the
+        logits: N (2 D b + 8 D) + max(N (3 b (H + 2 K) E + 12 H E), 3 N F b) + workspace_per_key L
+        + M V (b + 8) for slices of M logits.
+        """
+        args, b = self.args, self.dtype.itemsize
+        rows = min(self.chunk, self.max_seq_len * self.max_batch_size)
+        queries = args.n_heads // self.ranks * args.head_dim
+        keys = max(1, args.n_kv_heads // self.ranks) * args.head_dim
+        states = args.dim * (2 * b + 8)
+        attention = 3 * b * (queries + 2 * keys) + 12 * queries
+        feed_forward = 3 * b * (args.hidden_dim // self.ranks)
+        logits = min(self.logits_rows, rows) * args.vocab_size * (b + 8)
+        layers = rows * (states + max(attention, feed_forward))
+        return layers + self.workspace_per_key * self.max_seq_len + logits
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+    @property
+    def needed(self) -> int:
+        """The total without mapped weights: what must be free."""
+        return self.total - (self.weights if self.mapped else 0)
+
+    def __str__(self) -> str:
+        held = "mapped" if self.mapped else "weights"
+        return (
+            f"{_gib(self.weights)} {held} + {_gib(self.cache)} cache + {_gib(self.workspace)} "
+            f"workspace = {_gib(self.total)}"
+        )
+
+    def longest(self, free: int) -> int:
+        """The largest max_seq_len, up to the model's context, that fits at this max_batch_size."""
+        return _largest(
+            lambda n: replace(self, max_seq_len=n).needed <= free, self.args.context_length
+        )
+
+    def widest(self, free: int) -> int:
+        """The largest max_batch_size that fits at this max_seq_len."""
+        return _largest(lambda n: replace(self, max_batch_size=n).needed <= free, 2**16)
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest n up to `limit` that fits, 0 where not even 1 does; what fits is a beginning."""
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size < 100 * GIB else f"{size / GIB:.0f} GiB"
+
+
+def make_plan(
+    args: ModelArgs,
+    *,
+    dtype: torch.dtype,
+    ranks: Ranks | int = 1,
+    max_batch_size: int = 1,
+    max_seq_len: int | None = None,
+    chunk: int = 512,
+    logits_rows: int = 256,
+    cache_dtype: torch.dtype | None = None,
+    mapped: bool = False,
+) -> Plan:
+    """The plan of one of `ranks`; max_seq_len=None is the model's context.
+
+    chunk: the most rows of one forward pass; logits_rows: the most logits computed at once; mapped:
+    the weights stay in their files. Raises ValueError where the model cannot be cut so.
+    """
+    size = ranks if isinstance(ranks, int) else ranks.size
+    if size not in args.rank_counts():
+        raise ValueError(
+            f"{size} ranks cannot share this model, these numbers can: {args.rank_counts()}"
+        )
+    length = args.context_length if max_seq_len is None else max_seq_len
+    for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", length)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: needs to be at least 1")
+    return Plan(
+        args=args,
+        dtype=dtype,
+        ranks=size,
+        max_batch_size=max_batch_size,
+        max_seq_len=length,
+        chunk=chunk,
+        logits_rows=logits_rows,
+        cache_dtype=cache_dtype or dtype,
+        mapped=mapped,
+    )
+
+
+def check(plan: Plan, free: int, device: torch.device | str) -> None:
+    """Raise ValueError where `plan` needs more than the `free` bytes of `device`, naming what fits.
+
+    Warns where mapped weights will not stay in memory, and where a device's weights pass through a
+    host that has hardly any left.
+    """
+    device = torch.device(device)
+    if plan.needed > free:
+        raise ValueError(
+            f"not enough memory on {device}: max_batch_size={plan.max_batch_size} x max_seq_len="
+            f"{plan.max_seq_len} needs {plan}, and {_gib(free)} are free; {_advice(plan, free)}"
+        )
+    if plan.total > free:
+        logger.warning(
+            "the weights (%s) stay in their files and do not fit beside the rest in %s of free "
+            "memory: they will be read from disk again and again",
+            _gib(plan.weights),
+            _gib(free),
+        )
+    if device.type != "cpu" and (host := free_memory("cpu")) < GIB:
+        logger.warning("only %s of host memory are free for loading weights", _gib(host))
+
+
+def check_memory(
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    chunk: int,
+) -> Plan:
+    """`check` for a checkpoint whose args hold the limits of the run, against what is free now.
+
+    The ranks of a CPU run are taken to share this machine's memory. Returns the plan.
+    """
+    args = checkpoint.args
+    plan = make_plan(
+        args,
+        dtype=dtype,
+        ranks=ranks,
+        max_batch_size=args.max_batch_size,
+        max_seq_len=args.max_seq_len,
+        chunk=chunk,
+        mapped=mapped_parts(checkpoint, list(checkpoint.tensors), ranks, device, dtype) is not None,
+    )
+    check(plan, free_memory(device, ranks.size if device.type == "cpu" else 1), device)
+    return plan
+
+
+def _advice(plan: Plan, free: int) -> str:
+    """What would fit instead, longest sequence and largest batch first."""
+    choices = []
+    if length := plan.longest(free):
+        choices.append(f"max_seq_len={length} at this max_batch_size")
+    if batch := plan.widest(free):
+        choices.append(f"max_batch_size={batch} at this max_seq_len")
+    if not choices and (length := replace(plan, max_batch_size=1).longest(free)):
+        choices.append(f"max_batch_size=1 with max_seq_len={length}")
+    if choices:
+        return "what fits: " + ", or ".join(choices)
+    least = replace(plan, max_batch_size=1, max_seq_len=min(512, plan.max_seq_len))
+    for ranks in plan.args.rank_counts():
+        if ranks > plan.ranks and replace(least, ranks=ranks).needed <= free:
+            return f"{ranks} ranks with as much memory each would hold the weights"
+    smallest = _gib(least.needed)
+    return f"no size fits: at least {smallest} must be free, or a smaller model is needed"
+
+
+# --- what is free ---------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device | str, sharing: int = 1) -> int:
+    """Bytes that this process may still take on `device`.
+
+    sharing: how many processes of this run share it, each with an equal part. On a CPU the pages
+    that the system can drop count as free, and a cgroup's limit holds.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    else:
+        free = min(_system_memory(), _cgroup_memory())
+    return max(0, int(free)) // sharing
+
+
+def _system_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup_memory() -> int:
+    """What the limits of the control groups above this process leave; very much where there are
+    none.
+    """
+    left = 2**62
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return left
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        here = root / path.lstrip("/")
+        for folder in (here, *here.parents):
+            if folder == root.parent:
+                break
+            left = min(left, _cgroup_left(folder, *names))
+    return left
+
+
+def _cgroup_left(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
+    try:
+        most = (folder / limit).read_text(encoding="ascii").strip()
+        used = int((folder / usage).read_text(encoding="ascii"))
+        stat = dict(
+            line.split()
+            for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        )
+    except (OSError, ValueError):
+        return 2**62
+    return 2**62 if most == "max" else int(most) - used + int(stat.get(reclaimable, 0))

@@ -1,0 +1,124 @@
+"""What every format of weights yields: lazily read tensors by name, and what they belong to.
+
+Knows no file. The surprising thing: a tensor is never handed over whole unless asked;
+it comes as parts that are views of a mapped file or blocks made on the spot, and whoever wants it
+copies them to where they are to stay.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.names import local_shape, local_slice, shapes
+from llama.model import ModelArgs
+from llama.parallel import Ranks
+
+
+class Part(NamedTuple):
+    """A piece of a wanted range: it belongs at `offset` of dimension `dim` there."""
+
+    dim: int
+    offset: int
+    tensor: Tensor
+
+
+class LazyTensor(ABC):
+    """A tensor that lies somewhere else: `shape` and `dtype` are known, values come when read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
+
+    @abstractmethod
+    def parts(self, dim: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Part]:
+        """The range start..stop of dimension `dim` (None: to its end), a piece at a time."""
+
+    def mapped(self, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """That range where it is a stored tensor of a mapped file, all of it; None elsewhere."""
+        return None
+
+    def range_shape(self, dim: int, start: int, stop: int | None) -> tuple[int, ...]:
+        end = self.shape[dim] if stop is None else stop
+        assert 0 <= start <= end <= self.shape[dim], (self.shape, dim, start, stop)
+        return (*self.shape[:dim], end - start, *self.shape[dim + 1 :])
+
+    def read(self, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """That range as one tensor: a view where it lies in one piece, a copy otherwise."""
+        shape = self.range_shape(dim, start, stop)
+        parts = self.parts(dim, start, stop)
+        first = next(parts, None)
+        if first is not None and first.tensor.shape == shape:
+            return first.tensor
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        while first is not None:
+            out.narrow(first.dim, first.offset, first.tensor.shape[first.dim]).copy_(first.tensor)
+            first = next(parts, None)
+        return out
+
+
+# (dim, n_layers) of the released models with Llama 3's vocabulary, without and with scaled rotary
+_FAMILIES = {
+    (4096, 32): ("Llama 3 8B", "Llama 3.1 8B"),
+    (8192, 80): ("Llama 3 70B", "Llama 3.1 or 3.3 70B"),
+    (16384, 126): (None, "Llama 3.1 405B"),
+    (2048, 16): (None, "Llama 3.2 1B"),
+    (3072, 28): (None, "Llama 3.2 3B"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The weights of one model, not yet read.
+
+    `tensors` holds every name of `names.shapes`, except output.weight where args.tied. `skipped`
+    says of each tensor in the files that is not among them why. `path` is the folder that was
+    opened, None for random weights; `shards` the number of files; `dtype` that of the weights.
+    """
+
+    args: ModelArgs
+    tensors: Mapping[str, LazyTensor] = field(repr=False)
+    dtype: torch.dtype
+    path: Path | None = None
+    shards: int = 1
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    tokenizer_path: Path | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has, a tied matrix counted once."""
+        return sum(prod(s) for name, s in shapes(self.args).items() if name in self.tensors)
+
+    @property
+    def family(self) -> str:
+        """The released model that has this shape, a guess for people to read."""
+        plain, scaled = _FAMILIES.get((self.args.dim, self.args.n_layers), (None, None))
+        name = scaled if self.args.rope_scaling else plain
+        if name is None or self.args.vocab_size != 128256:
+            return "a Llama of its own shape"
+        return name
+
+
+def mapped_parts(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Tensor] | None:
+    """This rank's parts as they lie in mapped files, or None where one of them has to be copied."""
+    views = []
+    for name in names:
+        source = checkpoint.tensors[name]
+        cut = local_slice(name, checkpoint.args, ranks.rank, ranks.size)
+        view = source.mapped(*(cut or ())) if device.type == "cpu" else None
+        shape = local_shape(name, checkpoint.args, ranks.size)
+        if view is None or view.dtype != dtype or view.shape != shape:
+            return None
+        views.append(view)
+    return views

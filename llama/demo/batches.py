@@ -1,0 +1,114 @@
+"""Documents to the flat batches that the model is trained on.
+
+It refuses to know the model. The surprising thing: a batch is a function of (seed, its number) and of
+nothing else, so any number of processes may make batches and training stays the same; and no batch
+is seen twice.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama.demo.corpus import training_documents
+from llama.tokenizer import ChatFormat, Dialog, Tokenizer
+
+LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+ANSWER, PASSAGE, QUESTION = 1.0, 0.6, 0.2  # how much a token counts in the loss, by whose it is
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sequences one after the other, each padded to one of LENGTHS; equally long ones together."""
+
+    inputs: NDArray[np.int64]  # (N,)
+    targets: NDArray[np.int64]  # (N,)
+    weights: NDArray[np.float32]  # (N,), 0 where padded
+    counts: list[int]  # tokens of each sequence
+
+
+def encode(document: Dialog | str, chat: ChatFormat) -> tuple[list[int], list[float]]:
+    """Ids of a whole document, and the weight of each as something to be predicted."""
+    tokenizer = chat.tokenizer
+    if isinstance(document, str):
+        ids = tokenizer.encode(document, bos=True, eos=True)
+        return ids, [PASSAGE] * len(ids)
+    ids, weights = [tokenizer.bos_id], [0.0]
+    for message in document:
+        header, whole = len(chat.encode_header(message)), chat.encode_message(message)
+        said = ANSWER if message["role"] == "assistant" else QUESTION
+        ids += whole
+        weights += [QUESTION] * header + [said] * (len(whole) - header)
+    return ids, weights
+
+
+def rows(documents: Iterable[Dialog | str], chat: ChatFormat, tokens: int) -> Rows:
+    """The first documents that fill about `tokens` places, those beyond the context cut."""
+    buckets: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in LENGTHS}
+    filled = 0
+    for document in documents:
+        ids, weights = encode(document, chat)
+        ids, weights = ids[: LENGTHS[-1] + 1], weights[: LENGTHS[-1] + 1]
+        length = LENGTHS[bisect_left(LENGTHS, len(ids) - 1)]
+        buckets[length].append((ids, weights))
+        filled += length
+        if filled >= tokens:
+            break
+    counts = [length for length, bucket in buckets.items() for _ in bucket]
+    inputs, targets = np.zeros(filled, np.int64), np.zeros(filled, np.int64)
+    weight, at = np.zeros(filled, np.float32), 0
+    for length, bucket in buckets.items():
+        for ids, weights in bucket:
+            n = len(ids) - 1
+            inputs[at : at + n], targets[at : at + n] = ids[:-1], ids[1:]
+            weight[at : at + n] = weights[1:]
+            at += length
+    return Rows(inputs, targets, weight, counts)
+
+
+class Maker:
+    """Makes batch number i; a class, so that processes can be handed one."""
+
+    def __init__(self, tokenizer_path: Path, seed: int, tokens: int) -> None:
+        self.tokenizer_path, self.seed, self.tokens = tokenizer_path, seed, tokens
+        self.chat: ChatFormat | None = None
+
+    def __call__(self, number: int) -> Rows:
+        self.chat = self.chat or ChatFormat(Tokenizer(self.tokenizer_path))
+        return rows(training_documents(f"{self.seed} {number}"), self.chat, self.tokens)
+
+
+_maker: Maker | None = None
+
+
+def _start(maker: Maker) -> None:
+    global _maker
+    _maker = maker
+
+
+def _make(number: int) -> Rows:
+    assert _maker is not None
+    return _maker(number)
+
+
+def stream(maker: Maker, steps: int, processes: int) -> Iterator[Rows]:
+    """Batches 0 .. steps - 1 in order, made by that many processes; 0 means by this one."""
+    if processes == 0:
+        yield from map(maker, range(steps))
+        return
+    ahead = 4 * processes
+    with multiprocessing.get_context("spawn").Pool(processes, _start, (maker,)) as pool:
+        waiting = [pool.apply_async(_make, (i,)) for i in range(min(ahead, steps))]
+        for i in count(ahead):
+            if not waiting:
+                return
+            yield waiting.pop(0).get()
+            if i < steps:
+                waiting.append(pool.apply_async(_make, (i,)))

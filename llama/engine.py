@@ -1,0 +1,314 @@
+"""Requests, slots and one step: admit, run, sample, emit.
+
+The only loop that generates: everything that wants tokens submits requests here and calls `step`
+until they are done. Ids in, ids out; it knows no text. The surprising thing: a step runs the model
+once on a flat row of tokens in which one-token decodes and chunks of prompts lie side by side, so a
+long prompt never stalls those who are already answering.
+
+Letters: N tokens of a step, R requests that get a token in it, M scored prompt rows, V vocabulary.
+"""
+
+import heapq
+import random
+import zlib
+from array import array
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llama.cache import Batch
+from llama.model import Transformer
+from llama.sampling import RowParams, SamplingParams, finite_rows, logprobs_of, sample
+
+LOGIT_ROWS = 256  # scored prompt rows whose logits exist at one time: 131 MB at V = 128256
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and what has become of it. Read it; only the engine writes."""
+
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    limit: int  # tokens it may generate
+    tokens: list[int] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)  # the first token's is 0.0
+    finish_reason: str | None = None  # "stop", "length", or what cancel was given
+    slot: int = -1
+    cached: int = 0  # how many of prompt + tokens have their keys in the slot
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys are not in the slot yet: one while decoding, more in the prompt."""
+        return len(self.prompt) + len(self.tokens) - self.cached
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step brought one request: a token, the end, or both.
+
+    `token` is None at a stop token, which is neither text nor output. Logprobs are of the model's
+    own distribution, before temperature and filters; `top_logprobs` the (id, logprob) that params
+    ask for.
+    """
+
+    request: Request
+    token: int | None
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A step's result for one request, on the host."""
+
+    token: int
+    logprob: float
+    top_logprobs: list[tuple[int, float]]
+
+
+class Engine:
+    """Runs requests on one model with a cache of `max_batch_size` slots of `max_seq_len` tokens.
+
+    More requests than slots wait their turn. `stop_token_ids` end every request; `seed` starts the
+    stream from which requests without a seed of their own draw one; `chunk` bounds the tokens of a
+    step. With several ranks, every rank makes the same calls in the same order.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        max_batch_size: int,
+        max_seq_len: int,
+        stop_token_ids: Collection[int] = (),
+        seed: int = 1,
+        chunk: int = 512,
+    ) -> None:
+        self.model = model
+        self.device = model.norm.weight.device
+        self.cache = model.new_cache(max_batch_size, max_seq_len)
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self.chunk = chunk
+        self.steps = 0
+        self._seeds = random.Random(seed)
+        self._free = list(range(max_batch_size))  # a heap: low slots first keep the live span short
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._checksum = 0
+        self._rows: tuple[list[Request], RowParams] | None = None
+
+    # ---- the face
+
+    def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """Raise the ValueError that `submit` would."""
+        vocab, room = self.model.params.vocab_size, self.cache.max_seq_len
+        if not prompt:
+            raise ValueError("the prompt is empty; it must have at least one token")
+        bad = next((t for t in prompt if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise ValueError(f"the prompt has token id {bad}; ids go from 0 to {vocab - 1}")
+        wanted = 0 if params.max_tokens == 0 else 1
+        if len(prompt) + wanted > room:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and max_seq_len is {room}, which leaves no "
+                f"room for an answer: shorten it to {room - wanted} tokens, or build with a larger "
+                "max_seq_len"
+            )
+        params.check_vocabulary(vocab)
+
+    def submit(self, prompt: Iterable[int], params: SamplingParams) -> Request:
+        """Queue a prompt of token ids. Raises ValueError where it cannot be run; see `check`."""
+        ids = list(prompt)
+        self.check(ids, params)
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        room = self.cache.max_seq_len - len(ids)
+        limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        request = Request(ids, params, seed, limit)
+        self._waiting.append(request)
+        self._note(ids)
+        return request
+
+    def cancel(self, request: Request, reason: str) -> None:
+        """End a request now, whatever state it is in; its slot is free for the next step."""
+        if request.finish_reason is None:
+            self._finish(request, reason)
+
+    @property
+    def idle(self) -> bool:
+        return not (self._waiting or self._running)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Run the model once on everything that can go on; at most one event a request.
+
+        Raises FloatingPointError, naming request, step and dtype, where logits are not finite (that
+        request ends with finish_reason "error"), and RuntimeError where ranks disagree or are gone.
+        """
+        self._agree()
+        self._admit()
+        work = self._share()
+        if not work:
+            return []
+        self.steps += 1
+        ready, logits = self._run(work)
+        choices = self._sample(ready, logits) if ready else []
+        for request, count in work:  # from here on nothing fails: a step happens as a whole or not
+            request.cached += count
+        events = self._emit(ready, choices)
+        events += [self._end(r, "length") for r, _ in work if r.limit == 0 and not r.pending]
+        if self.idle:
+            self._agree()
+        return events
+
+    # ---- the four verbs
+
+    def _admit(self) -> None:
+        while self._waiting and self._free:
+            request = self._waiting.popleft()
+            request.slot = heapq.heappop(self._free)
+            self._running.append(request)
+
+    def _share(self) -> list[tuple[Request, int]]:
+        """Who runs how many tokens in this step: decodes first, then prompts while there is
+        room."""
+        decodes = sorted((r for r in self._running if r.pending == 1), key=lambda r: r.slot)
+        work = [(r, 1) for r in decodes]
+        room = max(1, self.chunk - len(work))
+        for request in self._running:
+            if request.pending > 1 and room > 0:
+                count = min(request.pending, room)
+                work.append((request, count))
+                room -= count
+        return sorted(work, key=lambda item: item[1] > 1)
+
+    def _run(self, work: list[tuple[Request, int]]) -> tuple[list[Request], Tensor]:
+        """One forward; the requests that now want a token, and their logits (R, V)."""
+        ids: list[int] = []
+        positions: list[int] = []
+        last, ready = [], []
+        scored: list[tuple[Request, int, int]] = []  # request, its first row, its tokens
+        for request, count in work:
+            first, row = request.cached, len(ids)
+            both = request.prompt + request.tokens if request.tokens else request.prompt
+            ids += both[first : first + count]
+            positions += range(first, first + count)
+            if request.params.prompt_logprobs and first < len(request.prompt):
+                scored.append((request, row, count))
+            if count == request.pending and request.limit:
+                ready.append(request)
+                last.append(len(ids) - 1)
+        tokens, where = torch.tensor([ids, positions]).to(self.device)  # (N,), (N,)
+        at = torch.tensor(last, dtype=torch.int64).to(self.device)
+        batch = Batch(
+            [count for _, count in work],
+            [request.cached + count for request, count in work],
+            [request.slot for request, _ in work],
+            self.device,
+        )
+        hidden = self.model.hidden(tokens, where, batch, self.cache)
+        for request, row, count in scored:
+            self._score(request, hidden[row : row + count])
+        return ready, self.model.logits(hidden[at]) if ready else hidden
+
+    def _score(self, request: Request, hidden: Tensor) -> None:
+        """Add the logprobs of the prompt tokens that follow the rows of `hidden`, slice by
+        slice."""
+        done = request.prompt_logprobs
+        done[request.cached + 1 :] = []  # of a step that was interrupted
+        if not done:
+            done.append(0.0)
+        for part in torch.split(hidden, LOGIT_ROWS):
+            targets = request.prompt[len(done) : len(done) + len(part)]
+            if targets:
+                wanted = torch.tensor(targets, device=self.device)
+                logits = self.model.logits(part)[: len(targets)]
+                done += logprobs_of(logits, wanted, 0)[0].tolist()
+
+    def _sample(self, ready: list[Request], logits: Tensor) -> list[Choice]:
+        """One token for each row of `logits` (R, V), brought to the host in one transfer."""
+        if self._rows is None or self._rows[0] != ready:
+            params = [r.params for r in ready]
+            rows = RowParams.from_params(params, [r.seed for r in ready], self.device)
+            self._rows = (ready, rows)
+        rows = self._rows[1]
+        index = torch.tensor([len(r.tokens) for r in ready]).to(self.device)
+        counts = self._counts(ready, logits) if rows.penalised else None
+        chosen = sample(logits, rows, index, counts)  # (R,)
+        k = max((r.params.logprobs or 0) for r in ready)
+        logprob, top_ids, top = logprobs_of(logits, chosen, k)
+        packed = torch.cat(  # ids are exact in float32: vocabularies end far below 2^24
+            [chosen[:, None], finite_rows(logits)[:, None], logprob[:, None], top_ids, top], dim=1
+        ).tolist()
+        for request, values in zip(ready, packed, strict=True):
+            if not values[1]:
+                self.cache.forget(request.slot)
+                self._finish(request, "error")
+                raise FloatingPointError(
+                    f"the logits of slot {request.slot} at step {self.steps} (token "
+                    f"{len(request.tokens)} of its answer) are not finite, with weights in "
+                    f"{self.cache.k.dtype}: check the checkpoint, or build with dtype='float32'"
+                )
+        return [
+            Choice(
+                int(v[0]),
+                v[2],
+                [(int(i), p) for i, p in zip(v[3 : 3 + k], v[3 + k :], strict=True)],
+            )
+            for v in packed
+        ]
+
+    def _counts(self, ready: list[Request], logits: Tensor) -> Tensor:
+        """How often each request generated each token (R, V)."""
+        counts = torch.zeros_like(logits)
+        rows = [i for i, r in enumerate(ready) for _ in r.tokens]
+        ids = [t for r in ready for t in r.tokens]
+        where = torch.tensor([rows, ids], dtype=torch.int64).to(self.device)
+        return counts.index_put_((where[0], where[1]), counts.new_ones(()), accumulate=True)
+
+    def _emit(self, ready: list[Request], choices: list[Choice]) -> list[Event]:
+        self._note(choice.token for choice in choices)
+        events = []
+        for request, choice in zip(ready, choices, strict=True):
+            stops = request.params.stop_token_ids
+            if choice.token in self.stop_token_ids or choice.token in stops:
+                events.append(self._end(request, "stop"))
+                continue
+            request.tokens.append(choice.token)
+            reason = "length" if len(request.tokens) == request.limit else None
+            if reason:
+                self._finish(request, reason)
+            asked = request.params.logprobs
+            top = None if asked is None else choice.top_logprobs[:asked]
+            events.append(Event(request, choice.token, choice.logprob, top, reason))
+        return events
+
+    # ---- small things
+
+    def _end(self, request: Request, reason: str) -> Event:
+        self._finish(request, reason)
+        return Event(request, None, finish_reason=reason)
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        if request in self._running:
+            self._running.remove(request)
+            heapq.heappush(self._free, request.slot)
+        else:
+            self._waiting.remove(request)
+
+    def _note(self, ids: Iterable[int]) -> None:
+        self._checksum = zlib.crc32(array("q", ids).tobytes(), self._checksum)
+
+    def _agree(self) -> None:
+        """Every rank has been asked the same and has sampled the same, or all of them stop here."""
+        sums = [values[0] for values in self.model.ranks.exchange([self._checksum])]
+        if len(set(sums)) > 1:
+            raise RuntimeError(
+                f"the ranks disagree on prompts or tokens (checksums {sums}): every rank must make "
+                "the same calls with the same arguments"
+            )

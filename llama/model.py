@@ -1,0 +1,334 @@
+"""Llama, the model: pure mathematics on the tensors it is given.
+
+Tokens become vectors (tok_embeddings); each block adds to them what attention finds in earlier
+tokens and what a gated feed-forward network makes of the result; a last norm and one matrix turn
+them into logits. Nothing here knows files, devices, text or sampling.
+
+The surprising thing: no batch dimension and no padding. `forward_flat` takes the tokens of all
+sequences in one row, and a `Batch` says where each sequence lies and where its keys are cached.
+
+Letters: N tokens in a flat batch, D dim, H query heads and K key/value heads of this rank, G = H/K,
+E head size, V vocabulary, M wanted logits, L keys, R one-token sequences, B x S Meta's rectangle.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from llama.cache import Batch, KVCache
+from llama.parallel import ONE, Ranks, column_linear, embedding, row_linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the rotary wavelengths, see `rope_frequencies`."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(
+                f"{self}: needs factor >= 1 and 0 < low_freq_factor < high_freq_factor"
+            )
+
+
+@dataclass(kw_only=True)
+class ModelArgs:
+    """The shape of a model: the keys of Meta's params.json, and the same things as others state
+    them.
+
+    Zero means "derived": n_kv_heads as many as n_heads, hidden_dim from multiple_of and
+    ffn_dim_multiplier, head_dim = dim / n_heads, context_length from the family. params.json only
+    says `use_scaled_rope`; the factor is then 32 for the 1B and 3B shapes and 8 for all others.
+    Not frozen, because scripts written for Meta's code set `vocab_size` after construction.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 0
+    vocab_size: int = -1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    use_scaled_rope: bool = False
+    rope_scaling: RopeScaling | None = None
+    hidden_dim: int = 0
+    head_dim: int = 0
+    context_length: int = 0
+    tied: bool = False
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+    def __post_init__(self) -> None:
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "norm_eps",
+                     "rope_theta", "max_batch_size", "max_seq_len"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be positive")
+        for name in ("hidden_dim", "head_dim", "context_length"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: must be positive, or 0 for derived"
+                )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads={self.n_heads} is no multiple of n_kv_heads={self.n_kv_heads}"
+            )
+        if not self.head_dim and self.dim % self.n_heads:
+            raise ValueError(f"dim={self.dim} is no multiple of n_heads={self.n_heads}")
+        self.head_dim = self.head_dim or self.dim // self.n_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: rotary pairs need an even head size")
+        if not self.hidden_dim:
+            hidden = int((self.ffn_dim_multiplier or 1) * int(2 * 4 * self.dim / 3))
+            self.hidden_dim = -(-hidden // self.multiple_of) * self.multiple_of
+        if self.use_scaled_rope and self.rope_scaling is None:
+            small = (self.dim, self.n_layers) in ((2048, 16), (3072, 28))
+            self.rope_scaling = RopeScaling(factor=32.0 if small else 8.0)
+        if not self.context_length:
+            self.context_length = 131072 if self.rope_scaling else 8192
+
+    def rank_counts(self) -> list[int]:
+        """The numbers of model-parallel ranks that this shape can be cut into."""
+        kv = self.n_kv_heads
+        return [
+            w
+            for w in range(1, self.n_heads + 1)
+            if not (self.n_heads % w or self.hidden_dim % w) and (kv % w == 0 or w % kv == 0)
+        ]
+
+
+def rope_frequencies(args: ModelArgs) -> Tensor:
+    """Angle per position of each rotary pair (E/2,), float32.
+
+    Rotary embedding: Su et al. 2021 (arXiv 2104.09864). The scaling of Llama 3.1 (arXiv
+    2407.21783; constants as released): wavelengths longer than original_context / low_freq_factor
+    are stretched by `factor`, shorter than original_context / high_freq_factor stay, between them
+    linearly blended.
+    """
+    exponents = torch.arange(0, args.head_dim, 2, device="cpu").float() / args.head_dim
+    freqs = 1.0 / args.rope_theta**exponents
+    scaling = args.rope_scaling
+    if scaling is None:
+        return freqs
+    turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within the old context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * freqs / scaling.factor + keep * freqs
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each interleaved pair (2i, 2i+1) of x (N, heads, E); rotation (2, N, 1, E/2): cos,
+    sin."""
+    cos, sin = rotation
+    a, b = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the mean in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.type_as(x) * self.weight
+
+
+def attend_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of sequences of equal length: the last token sees all keys.
+
+    q (B, H, S, E), k and v (B, K, L, E), L >= S -> (B, H, S, E). Never materialises S x L on CUDA:
+    float32, which has no kernel for grouped heads there, repeats its keys instead.
+    """
+    if q.dtype == torch.float32:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    size, length = q.shape[2], k.shape[2]
+    if size == length:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    bias = causal_lower_right(size, length)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+
+
+def attend_decode(q: Tensor, cache: KVCache, layer: int, batch: Batch) -> Tensor:
+    """Attention of the one-token sequences, q (R, H, E) -> (R, H, E).
+
+    The query heads that share a key head become rows of one product, so that each key is read once.
+    It runs over the whole span of their slots, as a view: a slot in between costs time, no copy.
+    """
+    k, v = cache.read(layer, *batch.span, batch.longest)  # (slots, K, L, E)
+    rows = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (R, K, G, E)
+    if batch.place is not None:
+        rows = rows.new_zeros(k.shape[0], *rows.shape[1:]).index_copy(0, batch.place, rows)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=batch.mask)
+    return (out if batch.place is None else out[batch.place]).flatten(1, 2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the tokens of a flat batch and the keys cached before them."""
+
+    def __init__(self, args: ModelArgs, layer: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = args.head_dim
+        heads = args.n_heads // ranks.size * args.head_dim
+        kv_heads = max(1, args.n_kv_heads // ranks.size) * args.head_dim
+        self.wq = column_linear(args.dim, heads, ranks)
+        self.wk = column_linear(args.dim, kv_heads, ranks)
+        self.wv = column_linear(args.dim, kv_heads, ranks)
+        self.wo = row_linear(heads, args.dim, ranks)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, rotation: Tensor, batch: Batch, cache: KVCache | None
+    ) -> Tensor:
+        q, k, v = (w(x).view(len(x), -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, rotation), rotate(k, rotation)  # (N, H, E), (N, K, E)
+        parts = []
+        if cache is not None:
+            cache.write(self.layer, k, v, batch, positions)
+            if batch.ones:
+                parts.append(attend_decode(q[: batch.ones], cache, self.layer, batch))
+        for run in batch.runs:
+            queries, keys, values = (
+                t[run.rows].view(run.sequences, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
+            )  # (B, H or K, S, E)
+            if cache is not None and run.slot is not None:
+                keys, values = cache.read(self.layer, run.slot, run.slot + 1, run.length)
+            parts.append(attend_prefill(queries, keys, values).transpose(1, 2).flatten(0, 1))
+        return self.wo(torch.cat(parts).flatten(1))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, args: ModelArgs, ranks: Ranks) -> None:
+        super().__init__()
+        hidden = args.hidden_dim // ranks.size
+        self.w1 = column_linear(args.dim, hidden, ranks)
+        self.w2 = row_linear(hidden, args.dim, ranks)
+        self.w3 = column_linear(args.dim, hidden, ranks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.attention = Attention(args, layer, ranks)
+        self.feed_forward = FeedForward(args, ranks)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, rotation: Tensor, batch: Batch, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, rotation, batch, cache)
+        return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """The model of one rank. Module names are the names of the tensors in Meta's files."""
+
+    freqs: Tensor
+
+    def __init__(self, params: ModelArgs, ranks: Ranks = ONE) -> None:
+        super().__init__()
+        if params.vocab_size <= 0:
+            raise ValueError(f"vocab_size={params.vocab_size}: set it to the tokenizer's n_words")
+        if ranks.size not in params.rank_counts():
+            raise ValueError(
+                f"this model cannot be cut into {ranks.size} ranks (n_heads {params.n_heads}, "
+                f"n_kv_heads {params.n_kv_heads}, hidden size {params.hidden_dim}); these numbers "
+                f"work: {params.rank_counts()}"
+            )
+        self.params = params
+        self.ranks = ranks
+        self.cache: KVCache | None = None  # for forward(); an engine brings its own
+        vocab = -(-params.vocab_size // ranks.size)  # the last rank's rows may be padding
+        self.tok_embeddings = embedding(vocab, params.dim, ranks)
+        self.layers = nn.ModuleList(
+            TransformerBlock(params, layer, ranks) for layer in range(params.n_layers)
+        )
+        self.norm = RMSNorm(params.dim, params.norm_eps)
+        self.output = column_linear(params.dim, vocab, ranks, gather_output=True)
+        if params.tied:
+            self.output.weight = self.tok_embeddings.weight
+        self.register_buffer("freqs", rope_frequencies(params), persistent=False)
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, batch: Batch, cache: KVCache | None = None
+    ) -> Tensor:
+        """The normed states (N, D) that `logits` reads; arguments as in `forward_flat`."""
+        angles = positions[:, None, None].float() * self.freqs  # (N, 1, E/2)
+        rotation = torch.stack((angles.cos(), angles.sin()))
+        h = self.tok_embeddings(tokens)  # (N, D)
+        for layer in self.layers:
+            h = layer(h, positions, rotation, batch, cache)
+        return self.norm(h)  # type: ignore[no-any-return]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Logits (M, V) in float32 of states (M, D)."""
+        return self.output(h)[..., : self.params.vocab_size].float()  # type: ignore[no-any-return]
+
+    def forward_flat(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        batch: Batch,
+        cache: KVCache | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (M, V), float32, at the rows `logits_at` (M,) of a flat batch; None means all
+        rows.
+
+        tokens (N,) and positions (N,) are int64; `batch` says which rows form which sequence. With
+        a cache, new keys are stored there and earlier ones read from it. Without one, sequences
+        begin in this call, and the result is differentiable: for training and scoring.
+        """
+        h = self.hidden(tokens, positions, batch, cache)
+        return self.logits(h if logits_at is None else h[logits_at])
+
+    def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
+        """Meta's call: tokens (B, S) that continue at `start_pos` -> logits (B, S, V), float32.
+
+        Borrows slots 0..B-1 of a cache made at the first call from params.max_batch_size and
+        max_seq_len. Raises ValueError where the rectangle does not fit in it.
+        """
+        size, length = tokens.shape
+        limits = (self.params.max_batch_size, self.params.max_seq_len)
+        if size > limits[0] or start_pos < 0 or start_pos + length > limits[1]:
+            raise ValueError(
+                f"tokens of shape {(size, length)} at start_pos {start_pos} do not fit in "
+                f"(max_batch_size, max_seq_len) = {limits}"
+            )
+        if self.cache is None:
+            self.cache = self.new_cache(*limits)
+        batch = Batch([length] * size, [start_pos + length] * size, range(size), tokens.device)
+        positions = torch.arange(start_pos, start_pos + length, device=tokens.device).repeat(size)
+        return self.forward_flat(tokens.flatten(), positions, batch, self.cache).view(
+            size, length, -1
+        )
+
+    def new_cache(self, n_slots: int, max_seq_len: int) -> KVCache:
+        """A cache for this rank's heads, in the weights' dtype, where the weights are."""
+        args = self.params
+        like = self.norm.weight
+        kv_heads = max(1, args.n_kv_heads // self.ranks.size)
+        return KVCache(
+            args.n_layers, n_slots, kv_heads, max_seq_len, args.head_dim, like.dtype, like.device
+        )

@@ -1,0 +1,189 @@
+"""Processes, devices and the layers that are cut across them.
+
+The only file that reads torchrun's environment and the only one that imports fairscale. It knows no
+model: layers get the sizes of this rank's part. The surprising thing: with one rank nothing here
+exists; the layers are plain torch ones, and no process group, port or variable is needed.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fairscale_groups
+from fairscale.nn.model_parallel import layers as fairscale_layers
+from torch import nn
+
+FOREVER = timedelta(days=365)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The part of a model that this process holds, and its line to the processes with the others.
+
+    `rank` of `size` model-parallel ranks; `is_main` on the one process that speaks to the user;
+    `control` a CPU group of these ranks for small messages, None where there is only one rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+    is_main: bool = True
+    control: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    def exchange(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's `values` (equally many on each), in order of rank: one small collective."""
+        if self.control is None:
+            return [list(values)]
+        mine = torch.tensor(list(values), dtype=torch.int64)
+        theirs = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            dist.all_gather(theirs, mine, group=self.control)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} lost another model-parallel rank, whose own "
+                f"output says why: {str(error).splitlines()[0]}"
+            ) from error
+        return [t.tolist() for t in theirs]
+
+    def agree(self, problem: Exception | None, doing: str) -> None:
+        """Raise on every rank if any has a `problem`: nobody waits for one that gave up."""
+        failed = [r for r, (bad,) in enumerate(self.exchange([problem is not None])) if bad]
+        if problem is not None:
+            raise problem
+        if failed:
+            raise RuntimeError(f"{doing} failed on rank {failed[0]}, whose own output says why")
+
+
+ONE = Ranks()
+
+
+def local_device(device: str | torch.device | None) -> torch.device:
+    """The device of this process: as asked, else cuda, else mps, else cpu.
+
+    A plain "cuda" means the GPU whose number is torchrun's LOCAL_RANK. Raises ValueError where
+    there is no such GPU.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: use cuda, cuda:N, mps or cpu") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= count:
+            raise ValueError(
+                f"cuda:{index} is needed, and this machine shows {count} GPUs: start as many "
+                "processes on it as it has GPUs, or use device='cpu'"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device='mps': torch sees no Apple GPU here; use cpu")
+    return device
+
+
+def join(model_parallel_size: int | None, device: torch.device) -> Ranks:
+    """Join the other processes of this run, if there are any, and say which part is ours.
+
+    A process group that the caller made is used as it is. Raises ValueError, before any
+    communication, where the number of processes does not fit `model_parallel_size` (None: all of
+    them).
+    """
+    started = dist.is_available() and dist.is_initialized()
+    world = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", 1))
+    size = world if model_parallel_size is None else model_parallel_size
+    if size < 1 or world % size:
+        raise ValueError(
+            f"model_parallel_size={size} with {world} process{'es' * (world > 1)}: start it with "
+            f"`torchrun --nproc_per_node {max(size, 1)} your_script.py ...`, or leave "
+            "model_parallel_size out to use all processes"
+        )
+    if world == 1:
+        return ONE
+    if not started:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not fairscale_groups.model_parallel_is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its plans
+            fairscale_groups.initialize_model_parallel(size)
+    current = fairscale_groups.get_model_parallel_world_size()
+    if current != size:
+        raise ValueError(
+            f"model_parallel_size={size}: this process already runs a model cut into {current} "
+            f"ranks, and one run has one cut; use {current}, or start another run"
+        )
+    # Every process takes part in making every group, its own and the others'. A rank that waits for
+    # the next request may wait for days; a rank that died is noticed by its closed connection.
+    control = None
+    for first in range(0, world, size):
+        group = dist.new_group(range(first, first + size), timeout=FOREVER, backend="gloo")
+        if first <= dist.get_rank() < first + size:
+            control = group
+    rank = fairscale_groups.get_model_parallel_rank()
+    return Ranks(rank, size, dist.get_rank() == 0, control if size > 1 else None)
+
+
+class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):  # type: ignore[misc]
+    """fairscale's layer, told the size of this rank's part; its own constructor makes the full
+    weight."""
+
+    def __init__(self, in_features: int, out_features: int, gather_output: bool) -> None:
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = None
+        self.gather_output = gather_output
+
+
+class RowParallelLinear(fairscale_layers.RowParallelLinear):  # type: ignore[misc]
+    """As above: y = sum over ranks of W_r x_r."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = None
+        self.input_is_parallel = True
+
+
+class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):  # type: ignore[misc]
+    """As above: rank r holds rows r*n to (r+1)*n."""
+
+    def __init__(self, rows: int, dim: int, rank: int) -> None:
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.empty(rows, dim))
+        self.vocab_start_index, self.vocab_end_index = rank * rows, (rank + 1) * rows
+        self.num_embeddings_per_partition = rows
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+
+
+def column_linear(
+    in_features: int, out_features: int, ranks: Ranks, gather_output: bool = False
+) -> nn.Module:
+    """A linear layer whose rows are spread over the ranks, `out_features` of them here."""
+    if ranks.size == 1:
+        return nn.Linear(in_features, out_features, bias=False)
+    return ColumnParallelLinear(in_features, out_features, gather_output)
+
+
+def row_linear(in_features: int, out_features: int, ranks: Ranks) -> nn.Module:
+    """A linear layer whose columns are spread over the ranks, `in_features` of them here."""
+    if ranks.size == 1:
+        return nn.Linear(in_features, out_features, bias=False)
+    return RowParallelLinear(in_features, out_features)
+
+
+def embedding(rows: int, dim: int, ranks: Ranks) -> nn.Module:
+    """A table whose rows are spread over the ranks, `rows` of them here."""
+    if ranks.size == 1:
+        return nn.Embedding(rows, dim)
+    return VocabParallelEmbedding(rows, dim, ranks.rank)

@@ -1,0 +1,372 @@
+"""How a token is chosen: `SamplingParams` of a request; logits (R, V) to ids (R,), on the device.
+
+Refuses to know text, slots, prompts and who asks. `max_tokens`, `stop_token_ids`, `logprobs` and
+`prompt_logprobs` are validated here and obeyed by the engine.
+
+The surprising thing: there is no generator. The noise of a token is a function of (seed of the
+request, index of the generated token, vocabulary id), by Philox counters, so a sample cannot depend
+on batch, device, rank or on steps that were thrown away. Nothing is sorted: filters find their
+thresholds in integer sums, which no order of summation can change.
+
+R rows (sequences)   V vocabulary   K alternatives   B logit biases of the whole batch
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011)
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF  # a 32-bit word in an int64
+
+LARGEST_SHIFT = (
+    1e6  # of one logit, by a bias or a penalty: beyond every logit, and sums stay finite
+)
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+
+TOP_P_BITS = 24  # of a float32's mantissa: top_p is kept as an integer share of 2**24
+WEIGHT_SCALE = 2.0**40  # weights as integers: the most probable token weighs 2**40
+DIGIT_BITS = 15  # the bits of a float32 in [0, 1] are 30: two digits
+UNREACHABLE = 2**62  # a goal that no sum reaches: nothing is filtered
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What a request asks of the choice of its tokens. Every field is validated here, once.
+
+    Order: penalties and biases shift the logits, then temperature, top_k, top_p, min_p, each on
+    what the one before left. Where tokens tie at a filter's edge all of them stay, and the most
+    probable token always does.
+
+    temperature        0 takes the most probable token, the lowest id among equals
+    top_p              the fewest tokens whose probabilities sum to top_p; 1 filters nothing
+    top_k              the k most probable tokens; 0 filters nothing
+    min_p              tokens at least min_p times as probable as the most probable; 0: all
+    presence_penalty   subtracted from the logits of tokens generated so far (not the prompt's)
+    frequency_penalty  subtracted from them once for each time that they were generated
+    logit_bias         added to the logits of these ids; -inf bans a token
+    seed               any int, taken modulo 2**64; None: whoever runs the request draws one
+    max_tokens         how many tokens to generate at most; None: as many as there is room for
+    stop_token_ids     ids that end the request, beside the model's own
+    logprobs           None: none; k: the chosen token's and those of the k most probable
+    prompt_logprobs    True scores the tokens of the prompt as well
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        _require(_number(self.temperature) >= 0, "temperature", self, _TEMPERATURE)
+        _require(0 < _number(self.top_p) <= 1, "top_p", self, "a number > 0 and <= 1")
+        _require(_whole(self.top_k), "top_k", self, "an int >= 0 (0 filters nothing)")
+        _require(0 <= _number(self.min_p) <= 1, "min_p", self, "a number >= 0 and <= 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            shift = _number(getattr(self, name))
+            works = f"a number from {-LARGEST_SHIFT:.0f} to {LARGEST_SHIFT:.0f}"
+            _require(abs(shift) <= LARGEST_SHIFT, name, self, works)
+        _require(self.seed is None or _integral(self.seed), "seed", self, "an int or None")
+        _require(self.max_tokens is None or _whole(self.max_tokens), "max_tokens", self, _WHOLE)
+        _require(self.logprobs is None or _whole(self.logprobs), "logprobs", self, _WHOLE)
+        _require(isinstance(self.prompt_logprobs, bool), "prompt_logprobs", self, "True or False")
+        stops = self.stop_token_ids
+        stops_ok = isinstance(stops, tuple | list | set | frozenset) and all(map(_whole, stops))
+        _require(stops_ok, "stop_token_ids", self, "a tuple of token ids, each an int >= 0")
+        object.__setattr__(self, "stop_token_ids", tuple(stops))
+        if self.logit_bias is not None:
+            _require(isinstance(self.logit_bias, Mapping), "logit_bias", self, _BIAS)
+            for token, shift in self.logit_bias.items():
+                banned = isinstance(shift, float) and shift == -math.inf
+                if not _whole(token) or not (banned or abs(_number(shift)) <= LARGEST_SHIFT):
+                    raise ValueError(f"logit_bias has {token!r}: {shift!r}; it must be {_BIAS}")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """ValueError where an id or `logprobs` exceeds the vocabulary, or all of it is banned."""
+        biased = self.logit_bias or {}
+        for name, ids in (("logit_bias", biased), ("stop_token_ids", self.stop_token_ids)):
+            outside = [i for i in ids if i >= vocab_size]
+            if outside:
+                raise ValueError(f"{name} has id {outside[0]}; ids go from 0 to {vocab_size - 1}")
+        if self.logprobs is not None and self.logprobs > vocab_size:
+            raise ValueError(f"logprobs is {self.logprobs}; it must be at most {vocab_size}")
+        banned = sum(shift == -math.inf for shift in biased.values())
+        if banned >= vocab_size:
+            raise ValueError(f"logit_bias bans all {vocab_size} tokens; it must leave at least one")
+
+
+_TEMPERATURE = f"a number >= 0 and <= {LARGEST_FLOAT:.2g}"
+_WHOLE = "an int >= 0 or None"
+_BIAS = (
+    "a mapping of token ids (int >= 0) to -inf, which bans the token, "
+    f"or a number from {-LARGEST_SHIFT:.0f} to {LARGEST_SHIFT:.0f}"
+)
+
+
+def _require(holds: bool, name: str, params: SamplingParams, works: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {getattr(params, name)!r}; it must be {works}")
+
+
+def _number(value: object) -> float:
+    """The number, if it is one that float32 holds, else NaN, which fails every comparison."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value if abs(value) <= LARGEST_FLOAT else math.nan
+    return math.nan
+
+
+def _integral(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowParams:
+    """The parameters of R rows as tensors, with what the host must know to skip work.
+
+    Built when the set of running rows changes, used at every step in between.
+    """
+
+    temperature: Tensor  # (R, 1) float32, at least the smallest normal number
+    greedy: Tensor  # (R, 1) bool
+    min_p: Tensor  # (R, 1) float32
+    presence_penalty: Tensor  # (R, 1) float32
+    frequency_penalty: Tensor  # (R, 1) float32
+    top_p: Tensor  # (R, 1) int64, in units of 2**-24; 2**24 filters nothing
+    top_k: Tensor  # (R, 1) int64; UNREACHABLE filters nothing
+    seed: Tensor  # (R, 2) int64, the low and the high word
+    bias: tuple[Tensor, Tensor, Tensor] | None  # rows (B,), ids (B,) int64, shifts (B,) float32
+
+    any_greedy: bool
+    any_sampled: bool
+    any_top_k: bool
+    any_top_p: bool
+    any_min_p: bool
+    penalised: bool
+
+    @classmethod
+    def from_params(
+        cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device
+    ) -> RowParams:
+        """The rows of a batch. Where a seed of params is None the caller has drawn one: `seeds`."""
+        assert len(seeds) == len(params) > 0, (len(seeds), len(params))
+        drawn = [p for p in params if p.temperature > 0]
+        shares = [max(1, round(p.top_p * 2**TOP_P_BITS)) for p in params]
+        reals = torch.tensor(
+            [
+                [max(p.temperature, SMALLEST_NORMAL) for p in params],
+                [p.min_p for p in params],
+                [p.presence_penalty for p in params],
+                [p.frequency_penalty for p in params],
+            ],
+            dtype=torch.float32,
+        ).to(device)  # (4, R)
+        whole = torch.tensor(
+            [
+                [p.temperature == 0 for p in params],
+                shares,
+                [min(p.top_k or UNREACHABLE, UNREACHABLE) for p in params],
+                [seed & WORD for seed in seeds],
+                [seed >> 32 & WORD for seed in seeds],
+            ],
+            dtype=torch.int64,
+        ).to(device)  # (5, R)
+        return cls(
+            temperature=reals[0, :, None],
+            greedy=whole[0, :, None] == 1,
+            min_p=reals[1, :, None],
+            presence_penalty=reals[2, :, None],
+            frequency_penalty=reals[3, :, None],
+            top_p=whole[1, :, None],
+            top_k=whole[2, :, None],
+            seed=whole[3:].T,
+            bias=_flat_bias(params, device),
+            any_greedy=len(drawn) < len(params),
+            any_sampled=bool(drawn),
+            any_top_k=any(p.top_k > 0 for p in drawn),
+            any_top_p=any(p.top_p < 1 for p in drawn),
+            any_min_p=any(p.min_p > 0 for p in drawn),
+            penalised=any(p.presence_penalty != 0 or p.frequency_penalty != 0 for p in params),
+        )
+
+
+def _flat_bias(
+    params: Sequence[SamplingParams], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    flat = [(r, i, s) for r, p in enumerate(params) for i, s in (p.logit_bias or {}).items()]
+    if not flat:
+        return None
+    rows, ids, shifts = zip(*flat, strict=True)
+    return (
+        torch.tensor(rows, dtype=torch.int64).to(device),
+        torch.tensor(ids, dtype=torch.int64).to(device),
+        torch.tensor(shifts, dtype=torch.float32).to(device),
+    )
+
+
+def sample(logits: Tensor, rows: RowParams, index: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The next token of every row: ids (R,) int64, with no wait of the host for the device.
+
+    logits (R, V) float32, not written to; a token at -inf is never chosen; rows that `finite_rows`
+    refuses give some id or other. index (R,) int64: how many tokens the row generated before this
+    one. counts (R, V), any integers: how often it generated each, read where `rows.penalised`.
+    """
+    assert logits.dtype == torch.float32, logits.dtype
+    assert logits.shape[-1] <= 2**21, logits.shape  # sums of weights stay below UNREACHABLE
+    logits = shifted(logits, rows, counts)
+    if not rows.any_sampled:
+        return logits.argmax(-1)
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(rows.temperature)  # (R, V), <= 0
+    kept = survivors(scaled, rows)
+    scores = scaled.add_(gumbel(rows.seed, index, logits.shape[-1]))
+    if kept is not None:
+        scores = torch.where(kept, scores, -math.inf)
+    if rows.any_greedy:
+        scores = torch.where(rows.greedy, logits, scores)
+    return scores.argmax(-1)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """(R, V) -> (R,) bool: False where a row has NaN or +inf, or nothing but -inf."""
+    return logits.amax(-1).isfinite()  # amax passes NaN on
+
+
+def logprobs_of(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model itself thinks of its tokens, before any bias, penalty, temperature or filter.
+
+    logits (R, V), ids (R,) -> log-probabilities of ids (R,), the k most probable ids (R, K) in
+    falling order (among equals, the order is the device's), their log-probabilities (R, K).
+    """
+    logprobs = logits.log_softmax(-1)
+    top = logprobs.topk(k, -1)
+    return logprobs.gather(-1, ids[:, None])[:, 0], top.indices, top.values
+
+
+def shifted(logits: Tensor, rows: RowParams, counts: Tensor | None) -> Tensor:
+    """Logits (R, V) with the penalties of the tokens generated so far, then the biases."""
+    if rows.penalised:
+        assert counts is not None, "rows with penalties need counts"
+        assert counts.shape == logits.shape, (counts.shape, logits.shape)
+        logits = logits - rows.presence_penalty * (counts > 0) - rows.frequency_penalty * counts
+    if rows.bias is not None:
+        at_rows, at_ids, shifts = rows.bias
+        logits = logits.index_put((at_rows, at_ids), shifts, accumulate=True)
+    return logits
+
+
+def survivors(scaled: Tensor, rows: RowParams) -> Tensor | None:
+    """Which tokens top_k, top_p and min_p leave, (R, V) bool; None where no row filters.
+
+    scaled (R, V) float32: logits less the row's maximum, over temperature. A filter keeps the
+    tokens whose odds, exp(scaled) in [0, 1], are at least its threshold. Floats >= 0 are in the
+    order of their bit patterns, so thresholds are searched among patterns, digit by digit. For
+    top_p a token weighs odds * 2**40, rounded down.
+    """
+    if not (rows.any_top_k or rows.any_top_p or rows.any_min_p):
+        return None
+    odds = scaled.exp()  # (R, V); the most probable token's is 1
+    bits = odds.view(torch.int32)
+    least = rows.min_p.view(torch.int32)  # (R, 1)
+    if rows.any_top_k:
+        ones = torch.ones_like(bits, dtype=torch.int64)
+        least = torch.maximum(least, _threshold(bits, ones, rows.top_k))
+    if rows.any_top_p:
+        weights = (odds * WEIGHT_SCALE).long()
+        if rows.any_top_k:
+            weights = torch.where(bits >= least, weights, 0)
+        least = torch.maximum(least, _threshold(bits, weights, _share(weights, rows.top_p)))
+    return bits >= least
+
+
+def _share(weights: Tensor, top_p: Tensor) -> Tensor:
+    """top_p of each row's total weight, in two parts, so that no product leaves 64 bits."""
+    total = weights.sum(-1, keepdim=True)  # (R, 1)
+    high, low = total >> TOP_P_BITS, total & (2**TOP_P_BITS - 1)
+    share = high * top_p + ((low * top_p) >> TOP_P_BITS)
+    return torch.where(top_p == 2**TOP_P_BITS, UNREACHABLE, share)
+
+
+def _threshold(bits: Tensor, weights: Tensor, goal: Tensor) -> Tensor:
+    """The largest t with sum(weights[bits >= t]) >= goal, and 0 where no t has it.
+
+    bits (R, V) int32 below 2**30, weights (R, V) int64 >= 0, goal (R, 1) int64 -> t (R, 1) int32.
+    The first digit of t comes from a histogram of all weights over first digits, the second from
+    one over second digits of the weights that share t's first.
+    """
+    radix = 2**DIGIT_BITS
+    high, low = bits >> DIGIT_BITS, bits & (radix - 1)
+    first, above = _pick(high, weights, goal, radix)
+    second, _ = _pick(low, torch.where(high == first, weights, 0), goal - above, radix)
+    return first << DIGIT_BITS | second
+
+
+def _pick(digits: Tensor, weights: Tensor, goal: Tensor, radix: int) -> tuple[Tensor, Tensor]:
+    """The largest digit with sum(weights[digits >= digit]) >= goal, and the weight above it."""
+    histogram = weights.new_zeros(weights.shape[0], radix)
+    histogram.scatter_add_(-1, digits.long(), weights)  # (R, radix)
+    below = histogram.cumsum(-1)  # up to and with the digit
+    above = below[:, -1:] - below
+    digit = ((above + histogram >= goal).sum(-1, keepdim=True) - 1).clamp_(min=0)  # (R, 1)
+    return digit.int(), above.gather(-1, digit)
+
+
+def gumbel(seed: Tensor, index: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise (R, V) float32 of seeds (R, 2) and indices (R,) of the generated tokens.
+
+    argmax(scaled + noise) is a draw from softmax(scaled). A token's number is word id % 4 of the
+    Philox block whose counter is (id // 4, low word of index, high word of index, 0) and whose key
+    is the seed. The noise is -log(-log1p(-u)), u = (word + 0.5) / 2**32: it is large, and lifts a
+    rare token, where u is near 0 and floats are dense. What 32 bits cost: a token of probability p
+    is drawn with p * x / sinh(x), x = 2**-33 / p, which is p to 1 % for all p above 2**-31.
+    Words are equal on all devices; logarithms may differ in the last bit.
+    """
+    blocks = torch.arange((vocab_size + 3) // 4, device=seed.device)  # (V / 4,)
+    step = index[:, None]  # (R, 1)
+    counter = (blocks[None], step & WORD, step >> 32, torch.zeros_like(step))
+    words = philox(counter, (seed[:, :1], seed[:, 1:]))
+    word = torch.stack([w.float() for w in words], -1).flatten(1)[:, :vocab_size]  # (R, V)
+    minus_u = word.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
+    return minus_u.log1p_().neg_().log_().neg_()
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10: four random words of a counter and a key.
+
+    All are int64 tensors of words (0 to 2**32 - 1), of any shapes that broadcast. Products wrap
+    modulo 2**64; bits above a word are masked only where the next product would see them.
+    """
+    a, b, c, d = counter
+    left, right = key
+    for turn in range(PHILOX_ROUNDS):
+        if turn:
+            left, right = left + PHILOX_KEY_STEPS[0], right + PHILOX_KEY_STEPS[1]
+        from_a, from_c = a * PHILOX_MULTIPLIERS[0], c * PHILOX_MULTIPLIERS[1]
+        a, b, c, d = (
+            ((from_c >> 32) ^ b ^ left) & WORD,
+            from_c,
+            ((from_a >> 32) ^ d ^ right) & WORD,
+            from_a,
+        )
+    return a, b & WORD, c, d & WORD

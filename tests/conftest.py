@@ -1,0 +1,92 @@
+"""What several tests share: tiny models with logits of about unit scale."""
+
+import base64
+
+import pytest
+import torch
+
+from llama.generation import Llama
+from llama.model import ModelArgs, RMSNorm, Transformer
+from llama.tokenizer import Tokenizer
+
+
+def tiny_args(**changes) -> ModelArgs:
+    shape = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=96, multiple_of=32)
+    return ModelArgs(**{**shape, "max_batch_size": 4, "max_seq_len": 64, **changes})
+
+
+def unit_scale(model: Transformer, seed: int = 0) -> Transformer:
+    """Weights that keep activations and logits at about unit scale whatever the shape."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                noise = torch.randn(module.weight.shape, generator=generator)
+                module.weight.copy_(1 + 0.1 * noise)
+            elif hasattr(module, "weight"):
+                fan = 1 if isinstance(module, torch.nn.Embedding) else module.weight.shape[1]
+                module.weight.copy_(
+                    torch.randn(module.weight.shape, generator=generator) / fan**0.5
+                )
+    return model.eval()
+
+
+@pytest.fixture
+def tiny():
+    """A function that makes a tiny Transformer in float32."""
+    return lambda seed=0, **changes: unit_scale(Transformer(tiny_args(**changes)), seed)
+
+
+def write_tokenizer(path, words=()):
+    """A ranks file of the 256 bytes and a few words (each needs its beginnings to be ranks too)."""
+    ranks = [bytes([b]) for b in range(256)] + [w.encode() for w in words]
+    path.write_text("".join(f"{base64.b64encode(r).decode()} {i}\n" for i, r in enumerate(ranks)))
+    return path
+
+
+BYTES_VOCAB = 512  # the 256 bytes and the 256 special tokens
+
+
+@pytest.fixture
+def byte_tokenizer(tmp_path):
+    return Tokenizer(str(write_tokenizer(tmp_path / "tokenizer.model")))
+
+
+@pytest.fixture
+def tiny_llama(tiny, byte_tokenizer):
+    """A function that makes a Llama of a tiny random model over bytes; arguments: ModelArgs fields."""
+
+    def make(seed=0, **changes):
+        return Llama(tiny(seed, vocab_size=BYTES_VOCAB, **changes), byte_tokenizer)
+
+    return make
+
+
+class Scripted(Transformer):
+    """A model that says what it is told: `script(token, position)` is the id after a token."""
+
+    def __init__(self, script, **changes):
+        super().__init__(tiny_args(vocab_size=BYTES_VOCAB, n_layers=1, **changes))
+        self.script = script
+        self.batches = []  # the counts of every forward
+
+    def hidden(self, tokens, positions, batch, cache=None):
+        self.batches.append(batch.counts)
+        return torch.stack([tokens, positions], 1).float()
+
+    def logits(self, h):
+        wanted = [self.script(int(token), int(position)) for token, position in h]
+        return 20.0 * torch.nn.functional.one_hot(torch.tensor(wanted), BYTES_VOCAB).float()
+
+
+@pytest.fixture
+def scripted(byte_tokenizer):
+    """A function that makes a Llama whose answers follow a script."""
+    return lambda script, **changes: Llama(Scripted(script, **changes), byte_tokenizer)
+
+
+def says(text, start):
+    """A script that answers with the bytes of `text` (or ids) and then ends the turn, whatever the
+    prompt of `start` tokens was."""
+    ids = [*(text.encode() if isinstance(text, str) else text), 256 + 9]
+    return lambda token, position: ids[min(position - start + 1, len(ids) - 1)]
