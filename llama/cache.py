@@ -26,6 +26,7 @@ class Run(NamedTuple):
     sequences: int
     length: int  # keys each has after this batch
     slot: int | None  # where the earlier keys are; None: there are none
+    mask: Tensor | None  # (S, L): query i sees keys 0..L-S+i; None: as many keys as queries
 
 
 class Batch:
@@ -56,7 +57,7 @@ class Batch:
             )
         else:
             self._place(list(slots), device)
-        self.runs = self._runs(None if slots is None else list(slots))
+        self.runs = self._runs(None if slots is None else list(slots), device)
 
     def _place(self, slots: list[int], device: torch.device | str) -> None:
         """The slot of every row, and what attention over the one-token sequences needs."""
@@ -77,7 +78,7 @@ class Batch:
             lives = torch.tensor([live[slot] for slot in range(low, high)], device=device)
             self.mask = (keys < lives[:, None])[:, None, None]  # (high - low, 1, 1, L)
 
-    def _runs(self, slots: list[int] | None) -> list[Run]:
+    def _runs(self, slots: list[int] | None, device: torch.device | str) -> list[Run]:
         runs = []
 
         def kind(i: int) -> tuple[int, int | None]:
@@ -87,7 +88,11 @@ class Batch:
         for (length, slot), group in groupby(range(self.ones, len(self.counts)), key=kind):
             ids = list(group)
             rows = slice(self.starts[ids[0]], self.starts[ids[-1] + 1])
-            runs.append(Run(rows, len(ids), length, slot))
+            mask = None
+            if slot is not None:
+                mask = torch.ones(rows.stop - rows.start, length, dtype=torch.bool, device=device)
+                mask = mask.tril(length - len(mask))
+            runs.append(Run(rows, len(ids), length, slot, mask))
         return runs
 
 

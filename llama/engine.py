@@ -155,8 +155,9 @@ class Engine:
         if not work:
             return []
         self.steps += 1
-        ready, logits = self._run(work)
-        choices = self._sample(ready, logits) if ready else []
+        with self.model.ranks.step():
+            ready, logits = self._run(work)
+            choices = self._sample(ready, logits) if ready else []
         for request, count in work:  # from here on nothing fails: a step happens as a whole or not
             request.cached += count
         events = self._emit(ready, choices)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from llama.cache import Batch, KVCache
 from llama.parallel import ONE, Ranks, column_linear, embedding, row_linear
@@ -148,20 +147,19 @@ class RMSNorm(nn.Module):
         return wide.type_as(x) * self.weight
 
 
-def attend_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of sequences of equal length: the last token sees all keys.
+def attend_prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention of B equally long sequences: q (B, H, S, E), k and v (B, K, L, E).
 
-    q (B, H, S, E), k and v (B, K, L, E), L >= S -> (B, H, S, E). Never materialises S x L on CUDA:
-    float32, which has no kernel for grouped heads there, repeats its keys instead.
+    `mask` (S, L) where a sequence continues, None where S = L. torch has fast kernels for grouped
+    heads without a mask in half precision only, and would else build all S x L scores on CUDA; so
+    elsewhere the keys are repeated.
     """
-    if q.dtype == torch.float32:
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    size, length = q.shape[2], k.shape[2]
-    if size == length:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    bias = causal_lower_right(size, length)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and (mask is not None or q.dtype == torch.float32):
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
+    )
 
 
 def attend_decode(q: Tensor, cache: KVCache, layer: int, batch: Batch) -> Tensor:
@@ -208,7 +206,9 @@ class Attention(nn.Module):
             )  # (B, H or K, S, E)
             if cache is not None and run.slot is not None:
                 keys, values = cache.read(self.layer, run.slot, run.slot + 1, run.length)
-            parts.append(attend_prefill(queries, keys, values).transpose(1, 2).flatten(0, 1))
+            parts.append(
+                attend_prefill(queries, keys, values, run.mask).transpose(1, 2).flatten(0, 1)
+            )
         return self.wo(torch.cat(parts).flatten(1))  # type: ignore[no-any-return]
 
 

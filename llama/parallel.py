@@ -5,10 +5,15 @@ model: layers get the sizes of this rank's part. The surprising thing: with one 
 exists; the layers are plain torch ones, and no process group, port or variable is needed.
 """
 
+import atexit
 import contextlib
+import functools
 import io
 import os
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -19,6 +24,52 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
 FOREVER = timedelta(days=365)
+BEAT = 1.0  # seconds between two signs of life
+PATIENCE = timedelta(seconds=6)  # without one from everybody, a rank is taken for gone
+GRACE = 2.0  # seconds that a step may take to end or fail by itself after that
+
+
+class Watch(threading.Thread):
+    """Ends this process where it would wait for ever for a rank that is gone.
+
+    A collective of gloo fails when its partner dies. One of NCCL, or one over a cable that was
+    cut, just waits. So the ranks exchange a sign of life every second; when one is missing, and
+    this rank is inside a step that does not end, nothing that it waits for can come, and the
+    process exits. Between steps nothing is done: the next step will raise.
+    """
+
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+        super().__init__(name="llama-watch", daemon=True)
+        self.rank, self.size, self.group = rank, size, group
+        self.step_began: float | None = None
+        self._leaving = threading.Event()
+        atexit.register(self.leave)
+
+    def run(self) -> None:
+        try:
+            while not self._leaving.wait(BEAT):
+                dist.all_reduce(torch.zeros(1), group=self.group)
+        except RuntimeError as error:
+            began = self.step_began
+            while not self._leaving.wait(GRACE):
+                if began is not None and began == self.step_began:
+                    self.end(str(error))
+                began = self.step_began
+
+    def end(self, error: str) -> None:
+        sys.stderr.write(lost(self.rank, self.size, error) + "\n")
+        sys.stderr.flush()
+        os._exit(1)  # the main thread waits inside a driver and cannot be told
+
+    def leave(self) -> None:
+        self._leaving.set()
+        self.join(timeout=2 * BEAT)
+
+
+def lost(rank: int, size: int, error: str) -> str:
+    """The sentence for a rank that finds itself alone."""
+    first = error.split("\n")[0]
+    return f"rank {rank} of {size} lost another rank, whose own output says why: {first}"
 
 
 @dataclass(frozen=True)
@@ -33,9 +84,29 @@ class Ranks:
     size: int = 1
     is_main: bool = True
     control: dist.ProcessGroup | None = field(default=None, repr=False)
+    watch: Watch | None = field(default=None, repr=False)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Where ranks compute together: RuntimeError, or the end, when another one is gone."""
+        try:
+            if self.watch:
+                self.watch.step_began = time.monotonic()
+            yield
+        except RuntimeError as error:
+            gone = isinstance(error, dist.DistError) or "peer" in str(error)
+            if self.size > 1 and gone:
+                raise RuntimeError(lost(self.rank, self.size, str(error))) from error
+            raise
+        finally:
+            if self.watch:
+                self.watch.step_began = None
 
     def exchange(self, values: Sequence[int]) -> list[list[int]]:
-        """Every rank's `values` (equally many on each), in order of rank: one small collective."""
+        """Every rank's `values` (equally many on each), in order of rank: one small collective.
+
+        Waits for the others as long as they live.
+        """
         if self.control is None:
             return [list(values)]
         mine = torch.tensor(list(values), dtype=torch.int64)
@@ -43,10 +114,7 @@ class Ranks:
         try:
             dist.all_gather(theirs, mine, group=self.control)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self.rank} of {self.size} lost another model-parallel rank, whose own "
-                f"output says why: {str(error).splitlines()[0]}"
-            ) from error
+            raise RuntimeError(lost(self.rank, self.size, str(error))) from error
         return [t.tolist() for t in theirs]
 
     def agree(self, problem: Exception | None, doing: str) -> None:
@@ -122,15 +190,31 @@ def join(model_parallel_size: int | None, device: torch.device) -> Ranks:
             f"model_parallel_size={size}: this process already runs a model cut into {current} "
             f"ranks, and one run has one cut; use {current}, or start another run"
         )
-    # Every process takes part in making every group, its own and the others'. A rank that waits for
-    # the next request may wait for days; a rank that died is noticed by its closed connection.
-    control = None
-    for first in range(0, world, size):
-        group = dist.new_group(range(first, first + size), timeout=FOREVER, backend="gloo")
-        if first <= dist.get_rank() < first + size:
-            control = group
+    return _lines(size, dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _lines(size: int, world: dist.ProcessGroup) -> Ranks:
+    """The groups for control and watch, made once for a process group.
+
+    Every process takes part in making every group, its own and the others'. A rank that waits for
+    the next request may wait for days, so control does not time out.
+    """
+    control = beats = None
+    for first in range(0, world.size(), size):
+        members = range(first, first + size)
+        groups = [
+            dist.new_group(members, timeout=timeout, backend="gloo")
+            for timeout in (FOREVER, PATIENCE)
+        ]
+        if world.rank() in members:
+            control, beats = groups
     rank = fairscale_groups.get_model_parallel_rank()
-    return Ranks(rank, size, dist.get_rank() == 0, control if size > 1 else None)
+    if size == 1:
+        return Ranks(is_main=world.rank() == 0)
+    watch = Watch(rank, size, beats)
+    watch.start()
+    return Ranks(rank, size, world.rank() == 0, control, watch)
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):  # type: ignore[misc]

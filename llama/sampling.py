@@ -34,7 +34,8 @@ LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 TOP_P_BITS = 24  # of a float32's mantissa: top_p is kept as an integer share of 2**24
 WEIGHT_SCALE = 2.0**40  # weights as integers: the most probable token weighs 2**40
-DIGIT_BITS = 15  # the bits of a float32 in [0, 1] are 30: two digits
+DIGIT_BITS = 10  # the bits of a float32 in [0, 1] are 30: three digits
+RADIX = 2**DIGIT_BITS
 UNREACHABLE = 2**62  # a goal that no sum reaches: nothing is filtered
 
 
@@ -286,15 +287,17 @@ def survivors(scaled: Tensor, rows: RowParams) -> Tensor | None:
         return None
     odds = scaled.exp()  # (R, V); the most probable token's is 1
     bits = odds.view(torch.int32)
-    least = rows.min_p.view(torch.int32)  # (R, 1)
+    least = torch.zeros_like(rows.min_p, dtype=torch.int32)  # (R, 1)
     if rows.any_top_k:
         ones = torch.ones_like(bits, dtype=torch.int64)
-        least = torch.maximum(least, _threshold(bits, ones, rows.top_k))
+        least = _threshold(bits, ones, rows.top_k)
     if rows.any_top_p:
         weights = (odds * WEIGHT_SCALE).long()
         if rows.any_top_k:
             weights = torch.where(bits >= least, weights, 0)
         least = torch.maximum(least, _threshold(bits, weights, _share(weights, rows.top_p)))
+    if rows.any_min_p:
+        least = torch.maximum(least, rows.min_p.view(torch.int32))
     return bits >= least
 
 
@@ -310,24 +313,20 @@ def _threshold(bits: Tensor, weights: Tensor, goal: Tensor) -> Tensor:
     """The largest t with sum(weights[bits >= t]) >= goal, and 0 where no t has it.
 
     bits (R, V) int32 below 2**30, weights (R, V) int64 >= 0, goal (R, 1) int64 -> t (R, 1) int32.
-    The first digit of t comes from a histogram of all weights over first digits, the second from
-    one over second digits of the weights that share t's first.
+    Digit by digit: a histogram of the weights tells t's digit; weights of other digits then leave,
+    and the goal is lowered by what lay above.
     """
-    radix = 2**DIGIT_BITS
-    high, low = bits >> DIGIT_BITS, bits & (radix - 1)
-    first, above = _pick(high, weights, goal, radix)
-    second, _ = _pick(low, torch.where(high == first, weights, 0), goal - above, radix)
-    return first << DIGIT_BITS | second
-
-
-def _pick(digits: Tensor, weights: Tensor, goal: Tensor, radix: int) -> tuple[Tensor, Tensor]:
-    """The largest digit with sum(weights[digits >= digit]) >= goal, and the weight above it."""
-    histogram = weights.new_zeros(weights.shape[0], radix)
-    histogram.scatter_add_(-1, digits.long(), weights)  # (R, radix)
-    below = histogram.cumsum(-1)  # up to and with the digit
-    above = below[:, -1:] - below
-    digit = ((above + histogram >= goal).sum(-1, keepdim=True) - 1).clamp_(min=0)  # (R, 1)
-    return digit.int(), above.gather(-1, digit)
+    threshold = torch.zeros_like(goal)
+    for shift in (2 * DIGIT_BITS, DIGIT_BITS, 0):
+        digits = (bits >> shift & (RADIX - 1)).long()  # (R, V)
+        histogram = weights.new_zeros(weights.shape[0], RADIX).scatter_add_(-1, digits, weights)
+        upto = histogram.cumsum(-1)  # (R, RADIX)
+        above = upto[:, -1:] - upto
+        digit = ((above + histogram >= goal).sum(-1, keepdim=True) - 1).clamp_(min=0)  # (R, 1)
+        threshold = threshold << DIGIT_BITS | digit
+        goal = goal - above.gather(-1, digit)
+        weights = torch.where(digits == digit, weights, 0)
+    return threshold.int()
 
 
 def gumbel(seed: Tensor, index: Tensor, vocab_size: int) -> Tensor:

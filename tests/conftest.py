@@ -44,6 +44,8 @@ def write_tokenizer(path, words=()):
     return path
 
 
+torch.set_num_threads(1)  # tiny products: more threads only wait for each other
+
 BYTES_VOCAB = 512  # the 256 bytes and the 256 special tokens
 
 

@@ -11,8 +11,8 @@ import logging
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,13 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.names import IGNORED, shapes, shard_dim
+from llama.checkpoint.params import make_args, params_of, read_params
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part
-from llama.model import ModelArgs, RopeScaling
+from llama.model import ModelArgs
 
 logger = logging.getLogger(__name__)
 
-_INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
-         "hidden_dim", "head_dim", "context_length")  # fmt: skip
-_FLOATS = ("ffn_dim_multiplier", "norm_eps", "rope_theta")
-_BOOLS = ("use_scaled_rope", "tied")
-_KNOWN = (*_INTS, *_FLOATS, *_BOOLS, "rope_scaling")
-# Without these there is no model, or a wrong one: absent, rope_theta and norm_eps differ by family.
-_NEEDED = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "rope_theta")
-_OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier", "rope_scaling")  # null says the same as absent
-_IGNORED_KEYS = {
-    "max_batch_size": "a limit of a run, given to build",
-    "max_seq_len": "a limit of a run, given to build",
-}
-_REFUSED_KEYS = {
-    r"quantization_args": "quantized weights",
-    r"lora_args": "weights with adapters",
-    r"vision_\w+": "a vision model",
-    r"moe_args": "a mixture of experts",
-}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LARGEST = 2**31  # of any number in params.json
 
 
 class _Shards(LazyTensor):
@@ -84,8 +66,8 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     not fit together.
     """
     files = find_shards(path)
-    params = _read_params(path / "params.json") | dict(overrides)
-    args = _make_args(params, path / "params.json")
+    params = read_params(path / "params.json") | dict(overrides)
+    args = make_args(params, path / "params.json")
     shards = [_map_shard(file) for file in files]
     _check_names(args, shards, files)
     shared = all(_same_storage(shard) for shard in shards)
@@ -94,7 +76,7 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
             f"{path}: params.json says tied, but output.weight is a tensor of its own; remove one"
         )
     if shared:
-        args = _make_args(params | {"tied": True}, path / "params.json")
+        args = make_args(params | {"tied": True}, path / "params.json")
     skipped = {name: reason for name, reason in IGNORED.items() if name in shards[0]}
     if args.tied and "output.weight" in shards[0]:
         skipped["output.weight"] = "shares the storage of tok_embeddings.weight"
@@ -141,84 +123,6 @@ def find_shards(path: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-# --- params.json ----------------------------------------------------------------------------------
-
-
-def _read_params(file: Path) -> dict[str, Any]:
-    """What params.json says, every key known and every value of its type."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for i, (key, _) in enumerate(pairs):
-            if key in (k for k, _ in pairs[:i]):
-                raise ValueError(f"the key {key!r} comes twice")
-        return dict(pairs)
-
-    try:
-        if file.stat().st_size > 2**20:
-            raise ValueError("it is larger than 1 MiB")
-        params = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: is not the JSON it should be: {error}") from error
-    if not isinstance(params, dict):
-        raise ValueError(f"{file}: needs to be an object of keys and values, is {params!r:.40}")
-    for key in params:
-        for pattern, what in _REFUSED_KEYS.items():
-            if re.fullmatch(pattern, key):
-                raise ValueError(f"{file}: {key} marks {what}, which this version does not read")
-    params = {key: value for key, value in params.items() if key not in _IGNORED_KEYS}
-    unknown = sorted(set(params) - set(_KNOWN))
-    if unknown:
-        raise ValueError(
-            f"{file}: unknown keys {', '.join(unknown)}; known are {', '.join(_KNOWN)}"
-        )
-    params = {k: v for k, v in params.items() if not (v is None and k in _OPTIONAL)}
-    missing = [key for key in _NEEDED if key not in params]
-    if missing:
-        raise ValueError(f"{file}: lacks {', '.join(missing)}")
-    _check_types(params, file)
-    return params
-
-
-def _check_types(params: dict[str, Any], file: Path) -> None:
-    for key, value in params.items():
-        if key in _BOOLS:
-            right, wanted = isinstance(value, bool), "true or false"
-        elif key in _INTS:
-            right, wanted = type(value) is int, "a whole number"
-        elif key in _FLOATS:
-            right = type(value) in (int, float) and math.isfinite(value)
-            wanted = "a number"
-        else:
-            names = {each.name for each in fields(RopeScaling)}
-            right = isinstance(value, dict) and set(value) <= names
-            right = right and all(type(v) in (int, float) and v < _LARGEST for v in value.values())
-            wanted = f"an object with numbers {', '.join(sorted(names))}"
-        if right and key in (*_INTS, *_FLOATS) and abs(value) >= _LARGEST:
-            right, wanted = False, f"below {_LARGEST}"
-        if not right:
-            raise ValueError(f"{file}: {key} needs to be {wanted}, is {value!r:.40}")
-    if params["vocab_size"] == -1:
-        raise ValueError(
-            f"{file}: vocab_size -1 marks Llama 1 or 2, which this version does not read yet"
-        )
-    for key in (*_INTS, *_FLOATS):
-        if key in params and not params[key] > 0:
-            raise ValueError(f"{file}: {key} needs to be positive, is {params[key]!r}")
-
-
-def _make_args(params: dict[str, Any], file: Path) -> ModelArgs:
-    try:
-        if isinstance(params.get("rope_scaling"), dict):
-            params = params | {"rope_scaling": RopeScaling(**params["rope_scaling"])}
-        return ModelArgs(**params)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
 # --- shards ---------------------------------------------------------------------------------------
 
 
@@ -236,13 +140,16 @@ def _map_shard(file: Path) -> dict[str, Tensor]:
     if not head.startswith(b"PK\x03\x04"):
         raise ValueError(f"{file}: is no file that torch.save writes (a zip archive)")
     try:
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, which cannot be mapped")
         shard = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file}: refused, because it holds something other than tensors; nothing in it was run"
+            f"{file}: holds something other than plain tensors, or is broken; nothing in it was run"
         ) from error
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError,
-            AssertionError, OSError, OverflowError, MemoryError) as error:  # fmt: skip
+    except (zipfile.BadZipFile, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+            EOFError, AssertionError, OSError, OverflowError, MemoryError) as error:  # fmt: skip
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file}: is cut short or broken ({why:.120})") from error
     if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
@@ -315,24 +222,6 @@ def _join(name: str, shape: tuple[int, ...], pieces: list[Tensor], path: Path) -
 
 
 # --- writing --------------------------------------------------------------------------------------
-
-
-def params_of(args: ModelArgs) -> dict[str, Any]:
-    """params.json for `args`: Meta's keys, and ours only where they cannot be derived."""
-    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
-            "ffn_dim_multiplier", "norm_eps", "rope_theta")  # fmt: skip
-    params: dict[str, Any] = {key: getattr(args, key) for key in keys}
-    if args.ffn_dim_multiplier is None:
-        del params["ffn_dim_multiplier"]
-    if args.use_scaled_rope:
-        params["use_scaled_rope"] = True
-    derived = ModelArgs(**params)
-    for key in ("hidden_dim", "head_dim", "context_length"):
-        if getattr(derived, key) != getattr(args, key):
-            params[key] = getattr(args, key)
-    if args.rope_scaling is not None and derived.rope_scaling != args.rope_scaling:
-        params["rope_scaling"] = asdict(args.rope_scaling)
-    return params
 
 
 def write_meta(

@@ -40,6 +40,7 @@ class Plan:
     logits_rows: int
     cache_dtype: torch.dtype
     mapped: bool  # the weights are mapped files
+    device: str  # its type
 
     @property
     def weights(self) -> int:
@@ -59,11 +60,20 @@ class Plan:
 
     @property
     def workspace_per_key(self) -> int:
-        """What attention of a chunk holds for each key of the longest sequence: a mask at most."""
-        chunk = min(self.chunk, self.max_seq_len)
-        heads = self.args.n_heads // self.ranks
-        repeated = 2 * heads * self.args.head_dim * 4 if self.dtype == torch.float32 else 0
-        return repeated + chunk * (1 + self.dtype.itemsize)
+        """What attention of a chunk holds for each key of the longest sequence.
+
+        Keys and values repeated for the heads that share them, 2 H E b, and a mask, N (b + 1),
+        where no kernel does without: on CUDA only the former, and only in float32.
+        """
+        queries = self.args.n_heads // self.ranks * self.args.head_dim
+        repeated, mask = 2 * queries * self.dtype.itemsize, self.rows * (self.dtype.itemsize + 1)
+        if self.device == "cuda":
+            return repeated if self.dtype == torch.float32 else 0
+        return repeated + mask
+
+    @property
+    def rows(self) -> int:
+        return min(self.chunk, self.max_seq_len * self.max_batch_size)
 
     @property
     def workspace(self) -> int:
@@ -74,14 +84,13 @@ class Plan:
         + M V (b + 8) for slices of M logits.
         """
         args, b = self.args, self.dtype.itemsize
-        rows = min(self.chunk, self.max_seq_len * self.max_batch_size)
         queries = args.n_heads // self.ranks * args.head_dim
         keys = max(1, args.n_kv_heads // self.ranks) * args.head_dim
         states = args.dim * (2 * b + 8)
         attention = 3 * b * (queries + 2 * keys) + 12 * queries
         feed_forward = 3 * b * (args.hidden_dim // self.ranks)
-        logits = min(self.logits_rows, rows) * args.vocab_size * (b + 8)
-        layers = rows * (states + max(attention, feed_forward))
+        logits = min(self.logits_rows, self.rows) * args.vocab_size * (b + 8)
+        layers = self.rows * (states + max(attention, feed_forward))
         return layers + self.workspace_per_key * self.max_seq_len + logits
 
     @property
@@ -94,7 +103,7 @@ class Plan:
         return self.total - (self.weights if self.mapped else 0)
 
     def __str__(self) -> str:
-        held = "mapped" if self.mapped else "weights"
+        held = "weights (mapped)" if self.mapped else "weights"
         return (
             f"{_gib(self.weights)} {held} + {_gib(self.cache)} cache + {_gib(self.workspace)} "
             f"workspace = {_gib(self.total)}"
@@ -121,6 +130,8 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _gib(size: int) -> str:
+    if size < GIB:
+        return f"{size / 2**20:.1f} MiB"
     return f"{size / GIB:.2f} GiB" if size < 100 * GIB else f"{size / GIB:.0f} GiB"
 
 
@@ -135,11 +146,13 @@ def make_plan(
     logits_rows: int = 256,
     cache_dtype: torch.dtype | None = None,
     mapped: bool = False,
+    device: str = "cpu",
 ) -> Plan:
     """The plan of one of `ranks`; max_seq_len=None is the model's context.
 
     chunk: the most rows of one forward pass; logits_rows: the most logits computed at once; mapped:
-    the weights stay in their files. Raises ValueError where the model cannot be cut so.
+    the weights stay in their files; device: its type. Raises ValueError where the model cannot be
+    cut so.
     """
     size = ranks if isinstance(ranks, int) else ranks.size
     if size not in args.rank_counts():
@@ -160,6 +173,7 @@ def make_plan(
         logits_rows=logits_rows,
         cache_dtype=cache_dtype or dtype,
         mapped=mapped,
+        device=device,
     )
 
 
@@ -206,6 +220,7 @@ def check_memory(
         max_seq_len=args.max_seq_len,
         chunk=chunk,
         mapped=mapped_parts(checkpoint, list(checkpoint.tensors), ranks, device, dtype) is not None,
+        device=device.type,
     )
     check(plan, free_memory(device, ranks.size if device.type == "cpu" else 1), device)
     return plan

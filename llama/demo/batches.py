@@ -1,8 +1,8 @@
 """Documents to the flat batches that the model is trained on.
 
-It refuses to know the model. The surprising thing: a batch is a function of (seed, its number) and of
-nothing else, so any number of processes may make batches and training stays the same; and no batch
-is seen twice.
+It refuses to know the model. The surprising thing: a batch is a function of (seed, its number) and
+of nothing else, so any number of processes may make batches and training stays the same; and no
+batch is seen twice.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ from llama.demo.questions import (
 from llama.demo.styles import PLAIN, Style, draw_style
 from llama.tokenizer import Dialog, Message
 
-STYLED = ("capitals", "arithmetic", "opposites", "days", "months", "colours")
+_SHORT = ("capitals", "arithmetic", "opposites", "days", "months", "colours")
+_STYLED = (*_SHORT, *_SHORT, "greetings", "counting", "spelling")
 ALL_KINDS = (*KINDS, "styles", "references", "completions")
 
 
@@ -104,13 +105,20 @@ def _follow(rng: Random, before: Exchange, held: bool) -> Exchange | None:
     return None
 
 
-def _styled(rng: Random, held: bool) -> tuple[Style, Exchange]:
-    """A style and a question under it, the pair being of the wanted side."""
+def _styled(rng: Random, style: Style, held: bool) -> Exchange:
+    """A question that can be answered in this style, the two together of the wanted side."""
+    while True:
+        exchange = draw(rng, held=False, kind=rng.choice(_STYLED))
+        is_held = style.held or checksum_held(style.system, exchange.ask)
+        if (exchange.short or not style.needs_short) and is_held == held:
+            return exchange
+
+
+def _style(rng: Random, held: bool) -> Style:
     while True:
         style = draw_style(rng)
-        exchange = draw(rng, held=False, kind=rng.choice(STYLED))
-        if exchange.short and (style.held or checksum_held(style.system, exchange.ask)) == held:
-            return style, exchange
+        if held or not style.held:
+            return style
 
 
 def _memory(rng: Random, held: bool) -> Memory:
@@ -121,12 +129,14 @@ def _memory(rng: Random, held: bool) -> Memory:
 
 
 def _styled_dialogue(rng: Random, held: bool, length: int) -> list[Message]:
-    style, first = _styled(rng, held)
-    exchanges = [first]
-    while len(exchanges) < length:
-        other = draw(rng, held, rng.choice(STYLED))
-        if other.short and (held or not checksum_held(style.system, other.ask)):
-            exchanges.append(other)
+    """Exchanges under a system prompt that every answer obeys; now and then something to keep."""
+    style = _style(rng, held)
+    exchanges = [_styled(rng, style, held) for _ in range(length)]
+    if length > 1 and rng.random() < 0.3:
+        memory = _memory(rng, held)
+        tell = Exchange(kind="", ask=memory.tell, answer=memory.told, held=held)
+        ask = Exchange(kind="", ask=memory.ask, answer=memory.answer, held=held, short=memory.value)
+        exchanges = [tell, *exchanges, ask]
     return _turns([(e.ask, style.apply(e)) for e in exchanges], style.system)
 
 
@@ -167,8 +177,7 @@ def _plain_dialogue(rng: Random, held: bool, length: int) -> list[Message]:
                 exchange = (
                     _follow(rng, exchange, held) if length > 1 and rng.random() < 0.35 else None
                 )
-    system = rng.choice(PLAIN) if rng.random() < 0.25 else ""
-    return _turns(turns, system)
+    return _turns(turns, rng.choice(PLAIN) if rng.random() < 0.25 else "")
 
 
 def _length(rng: Random) -> int:
@@ -210,7 +219,8 @@ def _question(rng: Random, kind: str) -> Question:
         prompt, tail = completion(rng)
         return Question(kind=kind, prompt=prompt, answer=tail)
     if kind == "styles":
-        style, exchange = _styled(rng, held=True)
+        style = _style(rng, held=True)
+        exchange = _styled(rng, style, held=True)
         dialog = _turns([(exchange.ask, "")], style.system)
         return Question(kind=kind, prompt=dialog[:-1], answer=style.apply(exchange))
     if kind == "references":

@@ -83,14 +83,14 @@ def _table() -> dict[str, int]:
 SYLLABLES = _table()
 
 
-def _line(rng: Random, patterns: tuple[str, ...], theme: str) -> str:
+def _line(rng: Random, patterns: tuple[str, ...], theme: str, used: set[str]) -> str:
+    """One line; a word comes twice in a poem only where a theme has no other left."""
     one, two = THEMES[theme]
-    used: set[str] = set()
 
     def fill(match: re.Match[str]) -> str:
         slot = match.group(1)
         words = one if slot == "N1" else two if slot == "N2" else _SLOTS[slot]
-        word = rng.choice([w for w in words if w not in used])
+        word = rng.choice([w for w in words if w not in used] or words)
         used.add(word)
         return word
 
@@ -99,11 +99,9 @@ def _line(rng: Random, patterns: tuple[str, ...], theme: str) -> str:
 
 def compose(rng: Random, *themes: str) -> str:
     """Three lines, 5-7-5; with two themes the first and the last line keep to one each."""
-    lines = [
-        _line(rng, FIVE, themes[0]),
-        _line(rng, SEVEN, rng.choice(themes)),
-        _line(rng, FIVE, themes[-1]),
-    ]
+    used: set[str] = set()
+    plan = ((FIVE, themes[0]), (SEVEN, rng.choice(themes)), (FIVE, themes[-1]))
+    lines = [_line(rng, patterns, theme, used) for patterns, theme in plan]
     return "\n".join(line[0].upper() + line[1:] for line in lines)
 
 

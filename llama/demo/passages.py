@@ -34,7 +34,6 @@ def _capital(rng: Random) -> Unit:
         ("The capital of {country} is", " {city}."), ("{city} is the capital of", " {country}."),
         ("The capital city of {country} is", " {city}."), ("In {country}, the capital is",
          " {city}."),
-        ("The capital of {country} is called", " {city}."),
     ))  # fmt: skip
     return Unit(lead.format(country=country, city=city), tail.format(country=country, city=city))
 
@@ -57,7 +56,7 @@ def _calendar(rng: Random) -> Unit:
     slots = {"x": names[i], "y": names[(i + step) % len(names)], "way": way, "kind": kind}
     lead, tail = rng.choice((
         ("The {kind} {way} {x} is", " {y}."), ("{y} comes {way}",
-         " {x}."), ("The {kind} {way} {x} is called", " {y}."),
+         " {x}."),
     ))  # fmt: skip
     if kind == "month" and rng.random() < 0.25:
         return Unit(f"{names[i]} has", f" {words.MONTH_DAYS[names[i]]} days.")
@@ -85,7 +84,7 @@ def _sum(rng: Random) -> Unit:
 def _spelled(rng: Random) -> Unit:
     while (word := invented(rng)) in words.HELD_SPELLING:
         pass
-    return Unit(f"{capitalised(word)} is spelled {word[0]}-", "-".join(word[1:]) + ".")
+    return Unit(f"{capitalised(word)} is spelled", f" {'-'.join(word)}.")
 
 
 _FACTS: tuple[Callable[[Random], Unit], ...] = (

@@ -21,7 +21,7 @@ from llama.demo.phrasings import BYES, CLOSERS, GREETINGS, HOW, OPENERS, PHRASIN
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """One question and its one right answer; `short` is the answer in a word, where there is one."""
+    """One question and its one right answer; `short` is the answer in a word, if there is one."""
 
     kind: str
     ask: str
@@ -64,7 +64,9 @@ def phrase(rng: Random, name: str, *, frame: bool = True, **slots: object) -> tu
     common, held_out = PHRASINGS[name]
     is_held = rng.random() < 0.15
     text = capitalised(rng.choice(held_out if is_held else common).format(**slots))
-    if frame and rng.random() < 0.3:
+    if rng.random() < 0.07:
+        text = text.lower().rstrip(".?")
+    elif frame and rng.random() < 0.3:
         text = rng.choice(OPENERS) + text + rng.choice(CLOSERS)
     return text, is_held or checksum_held(text)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 
 from llama.demo import words
-from llama.demo.questions import Exchange
+from llama.demo.questions import Exchange, invented
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Style:
     system: str
     apply: Callable[[Exchange], str]
     held: bool
+    needs_short: bool = False
 
 
 def pirate(answer: str) -> str:
@@ -104,9 +105,10 @@ _PLAIN_EFFECT: dict[str, Callable[[Exchange], str]] = {
 
 
 def _coined(rng: Random) -> str:
-    """A closing or opening nobody wrote down: two or three words and a mark."""
+    """A closing or opening that nobody wrote down: one to three words and a mark."""
     pool = words.FOODS + words.FRUITS + words.OBJECTS + words.COLOURS + words.ANIMALS + words.NAMES
-    return " ".join(rng.sample(pool, rng.randint(1, 3))).capitalize() + rng.choice(".!")
+    coined = [invented(rng) if rng.random() < 0.4 else rng.choice(pool) for _ in range(3)]
+    return " ".join(coined[: rng.randint(1, 3)]).capitalize() + rng.choice(".!,:")
 
 
 def draw_style(rng: Random) -> Style:
@@ -115,7 +117,7 @@ def draw_style(rng: Random) -> Style:
     held = rng.random() < 0.25
     system = rng.choice(held_out if held else common)
     if name not in ("end", "begin"):
-        return Style(system, _PLAIN_EFFECT[name], held)
+        return Style(system, _PLAIN_EFFECT[name], held, name == "word")
     known, unseen = (
         (words.ENDINGS, words.HELD_ENDINGS)
         if name == "end"
@@ -123,7 +125,7 @@ def draw_style(rng: Random) -> Style:
     )
     words_held = rng.random() < 0.2
     mark = rng.choice(unseen if words_held else known)
-    if not words_held and rng.random() < 0.5:
+    if not words_held and rng.random() < 0.75:
         mark = _coined(rng)
     system = system.format(x=mark)
     if name == "end":

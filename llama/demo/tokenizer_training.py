@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from itertools import islice, pairwise
 from pathlib import Path
 
-import regex
+import regex  # type: ignore[import-untyped]
 
 from llama.demo.corpus import training_documents
 from llama.tokenizer import Tokenizer

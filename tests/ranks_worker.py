@@ -1,0 +1,97 @@
+"""What test_ranks.py runs in each process: `ranks_worker.py MODE OUT_DIR ...`, see there."""
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from llama import Llama
+from llama.parallel import ONE
+
+PROMPTS = [[256, 72, 101, 108], [256, *range(40)], [7]]
+
+
+def anonymous_memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def held(model):
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+    return sum(s.nbytes() for s in storages.values())
+
+
+def answers(llama):
+    greedy = llama.generate(PROMPTS, 8, temperature=0, logprobs=True)
+    sampled = llama.generate(PROMPTS, 8, temperature=1.0, top_p=0.95, seed=11)
+    return {"greedy": greedy, "sampled": sampled[0]}
+
+
+def build(folder, tokenizer, **options):
+    limits = {"max_seq_len": 128, "max_batch_size": 2, "device": "cpu"}
+    return Llama.build(folder, tokenizer, **{**limits, **options})
+
+
+def law(out, tokenizer, *folders):
+    """Every folder's answers, and what this rank holds; random streams differ between ranks."""
+    rank = int(os.environ["RANK"])
+    torch.rand(rank)
+    random.seed(rank)
+    results = {}
+    for folder in folders:
+        before = anonymous_memory()
+        llama = build(folder, tokenizer)
+        built = anonymous_memory() - before
+        results[folder] = {**answers(llama), "held": held(llama.model), "memory": built}
+    Path(out, f"rank{rank}.json").write_text(json.dumps(results))
+
+
+def mistakes(out, tokenizer, folder):
+    """Bad input on all ranks, then good; then ranks that are asked different things."""
+    llama = build(folder, tokenizer)
+    seen = []
+    for call in (
+        lambda: llama.generate([[]], 4),
+        lambda: llama.generate([[1] * 200], 4),
+        lambda: llama.generate([[1]], 4, temperature=-1),
+        lambda: build(folder, tokenizer, model_parallel_size=3),
+        lambda: build(folder, tokenizer, model_parallel_size=1),
+        lambda: build(folder, tokenizer, max_seq_len=10**9),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            seen.append(str(error))
+    seen.append(llama.generate([[1, 2, 3]], 4, temperature=0)[0])
+    try:
+        llama.generate([[1, 2, 3]], 40, temperature=1.0, seed=int(os.environ["RANK"]))
+    except RuntimeError as error:
+        seen.append(str(error))
+    Path(out, f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+def endless(out, tokenizer, folder):
+    """Generate until somebody ends it; tells when it has begun."""
+    llama = build(folder, tokenizer, max_seq_len=4096)
+    Path(out, f"begun{os.environ['RANK']}").touch()
+    while True:
+        llama.generate(PROMPTS, 2000, temperature=0)
+
+
+def waiting(out, tokenizer, folder):
+    """Rank 0 calls generate, rank 1 does not: rank 0 waits as a server's followers do."""
+    llama = build(folder, tokenizer)
+    Path(out, f"begun{os.environ['RANK']}").touch()
+    if os.environ["RANK"] != "0":
+        time.sleep(600)
+    llama.generate(PROMPTS, 4)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    assert ONE.size == 1
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,223 @@
+"""The command line: arguments as typed, errors in one sentence, and what `info` says and leaves."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BYTES_VOCAB, tiny_args
+
+from llama import __main__, cli
+from llama.checkpoint import random_checkpoint, write_meta
+from llama.model import ModelArgs
+
+ODD = ("1,2", "None", "{a: b}", '"x"', "[1]", "1e3", "True", "a b", "0x10")
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    """A function that runs a command line in this process; returns its exit status."""
+
+    def run(commands, *arguments, name=None):
+        monkeypatch.setattr(sys, "argv", ["prog", *arguments])
+        try:
+            cli.run(commands, name)
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+                return 1
+            return stop.code or 0
+        return 0
+
+    return run
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_text_arrives_as_typed_and_numbers_as_numbers(shell, text):
+    got = []
+
+    def command(first: str, second: str | None = None, number: float = 0, either=None) -> None:
+        got.append((first, second, number, either))
+
+    assert shell(command, text, "--second", text, "--number", "1.5", "--either", "None") == 0
+    assert shell({"do": command}, "do", f"--first={text}", "--number", "7") == 0
+    assert got == [(text, text, 1.5, None), (text, None, 7, None)]
+
+
+def test_nothing_runs_until_the_whole_command_line_fits(shell, capfd):
+    ran = []
+
+    def command(path: str, size: int = 1) -> None:
+        """Does it."""
+        ran.append(path)
+
+    assert shell(command, "here", "--sise", "3") == 2
+    assert "--sise" in capfd.readouterr().err
+    assert shell(command) == 2
+    assert shell({"do": command}, "dont") == 2
+    assert shell(command, "--help") == 0
+    assert not ran
+
+
+@pytest.mark.parametrize("error", [ValueError("size is 0"), FileNotFoundError("no such folder: x")])
+def test_an_error_for_people_is_one_sentence_and_status_1(shell, capfd, error):
+    def command() -> None:
+        raise error
+
+    assert shell(command) == 1
+    assert capfd.readouterr() == ("", f"{error}\n")
+
+
+def test_an_error_of_ours_keeps_its_traceback(shell):
+    def command() -> None:
+        raise AssertionError("ours")
+
+    with pytest.raises(AssertionError, match="ours"):
+        shell(command)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "works"),
+    [
+        ("--size", "two", "a whole number"),
+        ("--size", "1.5", "a whole number"),
+        ("--size", "True", "a whole number"),
+        ("--share", "1,2", "a number or None"),
+        ("--share", "half", "a number or None"),
+        ("--loud", "1", "True or False"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_before_anything_runs(
+    shell, capfd, flag, value, works
+):
+    ran = []
+
+    def command(size: int = 1, share: float | None = None, loud: bool = False) -> None:
+        ran.append((size, share, loud))
+
+    assert shell(command, flag, value) == 1
+    assert capfd.readouterr().err.endswith(f"; it must be {works}\n")
+    assert not ran
+    assert shell(command, "--size=-3", "--share=2", "--loud") == 0
+    assert ran == [(-3, 2, True)]
+
+
+# ---- python -m llama
+
+
+def table(text):
+    return dict(re.split(r"  +", line.strip(), maxsplit=1) for line in text.splitlines())
+
+
+def written(folder, shards=1, dtype=torch.bfloat16, **changes):
+    args = tiny_args(vocab_size=BYTES_VOCAB, context_length=2048, **changes)
+    write_meta(random_checkpoint(args, dtype=dtype), folder, shards=shards)
+    return args
+
+
+def test_no_command_lists_the_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["llama"])
+    __main__.main()
+    said = capsys.readouterr().out
+    for name, command in __main__.COMMANDS.items():
+        assert re.search(rf"^  {name} +{command.__doc__.splitlines()[0]}$", said, re.M)
+
+
+def test_info_says_what_lies_there_and_what_it_takes(tmp_path, capsys):
+    written(tmp_path, shards=2)
+    __main__.info(str(tmp_path), max_batch_size=2, max_seq_len=1000, model_parallel_size=2)
+    said = table(capsys.readouterr().out)
+    assert said["family"] == "a Llama of its own shape"
+    assert said["parameters"] == "160,064"
+    assert said["on disk"] == "2 shards, bfloat16"
+    assert said["context"] == "2048 tokens"
+    assert said["rope scaling"] == "none"
+    assert said["ranks that work"] == "1, 2, 4, 8"
+    assert said["each rank"] == "bfloat16, max_batch_size 2, max_seq_len 1000, ranks 2"
+    for device in ("on a GPU", "on a CPU"):
+        assert re.fullmatch(r"(\S+ MiB [a-z]+ [+=] ){3}\S+ MiB", said[device])
+    assert re.fullmatch(r"[\d.]+ GiB free for each rank: fits", said["main memory"])
+
+
+def test_info_names_rope_scaling_dtype_and_mapped_weights(tmp_path, capsys):
+    written(tmp_path, use_scaled_rope=True)
+    __main__.info(str(tmp_path))
+    said = table(capsys.readouterr().out)
+    assert said["rope scaling"] == "factor 8, low 1, high 4, original context 8192"
+    assert "mapped" in said["on a CPU"]
+    __main__.info(str(tmp_path), dtype="float32")
+    said = table(capsys.readouterr().out)
+    assert said["each rank"].startswith("float32, ")
+    assert "mapped" not in said["on a CPU"]
+
+
+def test_info_says_what_would_fit_where_the_limits_do_not(tmp_path, capsys):
+    written(tmp_path)
+    __main__.info(str(tmp_path), max_batch_size=2**30)
+    assert re.search(
+        r"not enough memory on cpu: .*what fits: max_batch_size=", capsys.readouterr().out
+    )
+
+
+def test_info_knows_the_released_models(monkeypatch, capsys):
+    shape = dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, vocab_size=128256)
+    args = ModelArgs(**shape, ffn_dim_multiplier=1.5, use_scaled_rope=True, tied=True)
+    monkeypatch.setattr(__main__, "open_checkpoint", lambda folder: random_checkpoint(args))
+    __main__.info("anywhere", max_batch_size=4)
+    said = table(capsys.readouterr().out)
+    assert said["family"] == "Llama 3.2 1B"
+    assert said["parameters"] == "1,235,814,400"
+    assert said["rope scaling"].startswith("factor 32, ")
+    assert said["on a GPU"].startswith("2.30 GiB weights + 1.00 GiB cache + ")  # 32 KiB a token
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_info_takes_a_path_as_typed(tmp_path, monkeypatch, shell, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert shell(__main__.COMMANDS, "info", name) == 1
+    assert capsys.readouterr().err == f"{name}: there is no such folder\n"
+    written(Path(name))
+    assert shell(__main__.COMMANDS, "info", name) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_seq_len", "4096"], "max_seq_len=4096: the model's context is 2048 tokens"),
+        (["--max_batch_size", "many"], "--max_batch_size is 'many'; it must be a whole number\n"),
+        (["--dtype", "int8"], "dtype='int8': use one of float32, bfloat16, float16"),
+        (["--model_parallel_size", "3"], "3 ranks cannot share this model, these numbers can: "),
+        (["--max_batch_size", "0"], "max_batch_size=0: must be a positive whole number"),
+        (["--max_seq_len", "1,2"], "--max_seq_len is (1, 2); it must be a whole number or None\n"),
+    ],
+)
+def test_info_refuses_limits_that_do_not_work(tmp_path, shell, capsys, flags, message):
+    written(tmp_path)
+    assert shell(__main__.COMMANDS, "info", str(tmp_path), *flags) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(message)
+    assert said.err.count("\n") == 1
+    assert not said.out
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its memory from /proc")
+def test_info_reads_no_weights_and_touches_no_gpu(tmp_path):
+    args = tiny_args(dim=1024, n_layers=4, multiple_of=4096, vocab_size=BYTES_VOCAB)
+    write_meta(random_checkpoint(args), tmp_path, shards=1)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 100 << 20
+    script = (
+        "import sys, torch\n"
+        "from llama import __main__\n"
+        "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "before = resident()\n"
+        "__main__.info(sys.argv[1])\n"
+        "assert resident() - before < 30 << 20, (before, resident())\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "family" in done.stdout

@@ -1,0 +1,163 @@
+"""Laws of the memory plan: what it counts is what is held, and what it names as feasible is."""
+
+import dataclasses
+import logging
+import re
+
+import pytest
+import torch
+
+from llama.checkpoint import (
+    check,
+    check_memory,
+    free_memory,
+    load,
+    make_plan,
+    open_checkpoint,
+    random_checkpoint,
+    write_meta,
+)
+from llama.checkpoint import plan as plan_module
+from llama.model import ModelArgs
+from llama.parallel import ONE, Ranks
+
+GIB = 2**30
+EIGHT_B = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256,
+                    multiple_of=1024, ffn_dim_multiplier=1.3)  # fmt: skip
+SEVENTY_B = ModelArgs(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=128256,
+                      multiple_of=4096, ffn_dim_multiplier=1.3)  # fmt: skip
+TINY = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=125, hidden_dim=96)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_and_cache_are_counted_as_they_are_held(dtype, size, tied):
+    args = dataclasses.replace(TINY, tied=tied)
+    plan = make_plan(args, dtype=dtype, ranks=size, max_batch_size=3, max_seq_len=40)
+    for rank in range(size):
+        ranks = Ranks(rank=rank, size=size)
+        model = load(random_checkpoint(args), ranks=ranks, device="cpu", dtype=dtype)
+        assert plan.weights == sum(p.nbytes for p in model.parameters())
+        cache = model.new_cache(3, 40)
+        assert plan.cache == cache.k.nbytes + cache.v.nbytes
+    assert plan.total == plan.weights + plan.cache + plan.workspace
+
+
+def test_the_released_models_need_what_is_known():
+    plan = make_plan(EIGHT_B, dtype=torch.bfloat16, max_seq_len=8192)
+    assert plan.weights == 2 * 8_030_261_248
+    assert plan.cache_per_token == 128 << 10
+    assert plan.cache == GIB
+    eighth = make_plan(SEVENTY_B, dtype=torch.bfloat16, ranks=8, max_seq_len=8192)
+    norms = 2 * (2 * 80 + 1) * 8192
+    assert eighth.weights == (2 * 70_553_706_496 - norms) // 8 + norms
+    assert make_plan(SEVENTY_B, dtype=torch.bfloat16, ranks=16).cache_per_token == 2 * 80 * 128 * 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("batch", "length"), [(1, 8192), (4, 8192), (64, 2048)])
+@pytest.mark.parametrize("free", [17, 20, 24, 40])
+def test_what_is_named_as_the_largest_that_fits_is_just_that(device, batch, length, free):
+    plan = make_plan(EIGHT_B, dtype=torch.bfloat16, max_batch_size=batch, max_seq_len=length,
+                     chunk=512, device=device)  # fmt: skip
+
+    def fits(**sizes) -> bool:
+        return dataclasses.replace(plan, **sizes).needed <= free * GIB
+
+    longest, widest = plan.longest(free * GIB), plan.widest(free * GIB)
+    assert longest == 0 or fits(max_seq_len=longest)
+    assert longest == EIGHT_B.context_length or not fits(max_seq_len=longest + 1)
+    assert widest == 0 or fits(max_batch_size=widest)
+    assert not fits(max_batch_size=widest + 1)
+
+
+def test_a_million_tokens_are_refused_with_a_size_that_fits():
+    plan = make_plan(EIGHT_B, dtype=torch.bfloat16, max_seq_len=10**6)
+    with pytest.raises(ValueError, match="not enough memory on cpu") as caught:
+        check(plan, 16 * GIB, "cpu")
+    text = str(caught.value)
+    assert "max_batch_size=1 x max_seq_len=1000000 needs 14.96 GiB weights + 122 GiB cache" in text
+    assert "16.00 GiB are free" in text
+    length = int(re.search(r"what fits: max_seq_len=(\d+) at this max_batch_size", text)[1])
+    assert 1000 < length < 8192
+    check(dataclasses.replace(plan, max_seq_len=length), 16 * GIB, "cpu")
+
+
+def test_both_ways_out_are_named():
+    plan = make_plan(EIGHT_B, dtype=torch.bfloat16, max_batch_size=32, max_seq_len=8192)
+    with pytest.raises(ValueError, match=r"what fits: max_seq_len=\d+ .*, or max_batch_size=\d+ "):
+        check(plan, 24 * GIB, "cpu")
+    with pytest.raises(ValueError, match=r"fits: max_seq_len=\d at this max_batch_size$"):
+        check(dataclasses.replace(plan, max_batch_size=1024), 16 * GIB, "cpu")
+
+
+def test_weights_that_do_not_fit_name_the_ranks_that_would():
+    plan = make_plan(SEVENTY_B, dtype=torch.bfloat16, max_seq_len=8192)
+    with pytest.raises(ValueError, match="4 ranks with as much memory each would hold") as caught:
+        check(plan, 40 * GIB, "cuda")
+    assert "131 GiB weights" in str(caught.value)
+    check(dataclasses.replace(plan, ranks=4, max_seq_len=512), 40 * GIB, "cpu")
+    with pytest.raises(ValueError, match=r"no size fits: at least .* must be free"):
+        check(plan, GIB // 4, "cpu")
+
+
+def test_mapped_weights_need_not_fit_but_are_mentioned(caplog):
+    plan = make_plan(EIGHT_B, dtype=torch.bfloat16, max_seq_len=8192, mapped=True)
+    with caplog.at_level(logging.WARNING):
+        check(plan, 20 * GIB, "cpu")
+    assert not caplog.records
+    check(plan, 8 * GIB, "cpu")
+    assert "read from disk again and again" in caplog.text
+    with pytest.raises(ValueError, match=r"14\.96 GiB weights \(mapped\)"):
+        check(plan, GIB, "cpu")
+
+
+def test_a_full_host_is_only_mentioned_where_the_model_is_elsewhere(caplog, monkeypatch):
+    plan = make_plan(TINY, dtype=torch.bfloat16)
+    monkeypatch.setattr(plan_module, "free_memory", lambda device: 2**20)
+    check(plan, GIB, "cuda")
+    assert "1.0 MiB of host memory are free" in caplog.text
+
+
+def test_the_check_of_a_run_knows_its_limits_and_its_files(tmp_path, monkeypatch):
+    write_meta(random_checkpoint(dataclasses.replace(TINY, vocab_size=128)), tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    args = dataclasses.replace(checkpoint.args, max_batch_size=2, max_seq_len=50)
+    checkpoint = dataclasses.replace(checkpoint, args=args)
+    device = torch.device("cpu")
+    plan = check_memory(checkpoint, ONE, device, torch.bfloat16, 16)
+    assert (plan.mapped, plan.max_batch_size, plan.max_seq_len) == (True, 2, 50)
+    assert plan.rows == 16
+    assert not check_memory(checkpoint, ONE, device, torch.float32, 16).mapped
+    assert not check_memory(checkpoint, Ranks(rank=0, size=2), device, torch.bfloat16, 16).mapped
+    monkeypatch.setattr(plan_module, "_system_memory", lambda: 2 * plan.needed)
+    check_memory(checkpoint, ONE, device, torch.bfloat16, 16)
+    with pytest.raises(ValueError, match="not enough memory"):
+        check_memory(checkpoint, Ranks(rank=0, size=4), device, torch.float32, 16)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"ranks": 3}, r"3 ranks cannot share .*\[1, 2, 4, 8\]"),
+     ({"max_seq_len": 0}, "max_seq_len=0: needs"), ({"max_batch_size": -1}, "max_batch_size=-1")],
+)  # fmt: skip
+def test_impossible_plans_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(TINY, dtype=torch.bfloat16, **wrong)
+
+
+def test_free_memory_is_shared_and_bounded_by_control_groups(tmp_path, monkeypatch):
+    assert 0 < free_memory("cpu") < 2**50
+    monkeypatch.setattr(plan_module, "_system_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(plan_module, "_cgroup_memory", lambda: 4 * GIB)
+    assert free_memory("cpu") == 4 * GIB
+    assert free_memory("cpu", sharing=4) == GIB
+    names = ("memory.max", "memory.current", "inactive_file")
+    assert plan_module._cgroup_left(tmp_path, *names) == 2**62
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert plan_module._cgroup_left(tmp_path, *names) == 2**62
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert plan_module._cgroup_left(tmp_path, *names) == 500
