@@ -8,13 +8,13 @@ long prompt never stalls those who are already answering.
 Letters: N tokens of a step, R requests that get a token in it, M scored prompt rows, V vocabulary.
 """
 
-import heapq
 import random
 import zlib
 from array import array
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -76,7 +76,10 @@ class Engine:
 
     More requests than slots wait their turn. `stop_token_ids` end every request; `seed` starts the
     stream from which requests without a seed of their own draw one; `chunk` bounds the tokens of a
-    step. With several ranks, every rank makes the same calls in the same order.
+    step. With `reuse`, a prompt that begins like what a free slot still holds takes that over and
+    only runs the rest: for conversations. It is off by default, because the same prompt may then
+    differ in the last bit from one call to the next. With several ranks, every rank makes the same
+    calls in the same order.
     """
 
     def __init__(
@@ -88,15 +91,18 @@ class Engine:
         stop_token_ids: Collection[int] = (),
         seed: int = 1,
         chunk: int = 512,
+        reuse: bool = False,
     ) -> None:
         self.model = model
         self.device = model.norm.weight.device
         self.cache = model.new_cache(max_batch_size, max_seq_len)
         self.stop_token_ids = frozenset(stop_token_ids)
         self.chunk = chunk
+        self.reuse = reuse
         self.steps = 0
         self._seeds = random.Random(seed)
-        self._free = list(range(max_batch_size))  # a heap: low slots first keep the live span short
+        self._free = set(range(max_batch_size))
+        self._kept: dict[int, list[int]] = {}  # what free slots hold keys of
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._checksum = 0
@@ -171,8 +177,20 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and self._free:
             request = self._waiting.popleft()
-            request.slot = heapq.heappop(self._free)
+            # The slot that knows most of the prompt; else the lowest, to keep the live span short.
+            known = {slot: self._known(slot, request) for slot in self._free}
+            request.slot = min(self._free, key=lambda slot: (-known[slot], slot))
+            request.cached = known[request.slot]
+            self._free.remove(request.slot)
+            self._kept.pop(request.slot, None)
             self._running.append(request)
+
+    def _known(self, slot: int, request: Request) -> int:
+        """How many tokens of a prompt have their keys in a slot; one is always left to run."""
+        if request.params.prompt_logprobs:
+            return 0
+        both = zip(self._kept.get(slot, ()), request.prompt[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
 
     def _share(self) -> list[tuple[Request, int]]:
         """Who runs how many tokens in this step: decodes first, then prompts while there is
@@ -298,7 +316,9 @@ class Engine:
         request.finish_reason = reason
         if request in self._running:
             self._running.remove(request)
-            heapq.heappush(self._free, request.slot)
+            self._free.add(request.slot)
+            if self.reuse and reason != "error":
+                self._kept[request.slot] = (request.prompt + request.tokens)[: request.cached]
         else:
             self._waiting.remove(request)
 

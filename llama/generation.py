@@ -84,7 +84,10 @@ class Llama:
         checkpoint = open_checkpoint(ckpt_dir, rope_scaling=rope_scaling)
         if tokenizer_path is None and checkpoint.tokenizer_path is None:
             raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
-        tokenizer = Tokenizer(str(tokenizer_path or checkpoint.tokenizer_path))
+        tokenizer = Tokenizer(
+            str(tokenizer_path or checkpoint.tokenizer_path),
+            version="3.1" if checkpoint.args.rope_scaling else "3",
+        )
         args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
         if tokenizer.n_words > args.vocab_size:
             raise ValueError(
@@ -302,10 +305,9 @@ class Llama:
             frequency_penalty=frequency_penalty,
             logit_bias=logit_bias,
             max_tokens=max_gen_len or None,
-            prompt_logprobs=logprobs and echo,
         )
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        return self._pieces(ids, self._each(ids, base, seed), logprobs, echo, stop_strings(stop))
+        return self.stream(ids, base, seed=seed, stop=stop, logprobs=logprobs, echo=echo)
 
     def stream_chat_completion(
         self,
@@ -341,7 +343,25 @@ class Llama:
                 ids.append(self.formatter.encode_dialog_prompt(dialog))
             except ValueError as error:
                 raise ValueError(f"dialog {index}: {error}") from None
-        return self._pieces(ids, self._each(ids, base, seed), logprobs, False, stop_strings(stop))
+        return self.stream(ids, base, seed=seed, stop=stop, logprobs=logprobs)
+
+    def stream(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        seed: Seed = None,
+        stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> Iterator[Piece]:
+        """Prompts of token ids to an iterator of pieces of text: what the other streams call.
+
+        `params` holds for every prompt; `seed` and the rest are as in `text_completion`.
+        """
+        ids = [list(prompt) for prompt in prompt_tokens]
+        base = replace(params, prompt_logprobs=logprobs and echo)
+        return self._pieces(ids, self._each(ids, base, seed), logprobs, echo, stop_strings(stop))
 
     # ---- how it is done
 

@@ -1,4 +1,4 @@
-"""What test_ranks.py runs in each process: `ranks_worker.py MODE OUT_DIR ...`, see there."""
+"""What test_ranks.py runs in each process: `ranks_worker.py MODE DEVICE OUT_DIR ...`, see there."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import torch
 from llama import Llama
 from llama.parallel import ONE
 
+DEVICE = "cpu"
 PROMPTS = [[256, 72, 101, 108], [256, *range(40)], [7]]
 
 
@@ -32,7 +33,7 @@ def answers(llama):
 
 
 def build(folder, tokenizer, **options):
-    limits = {"max_seq_len": 128, "max_batch_size": 2, "device": "cpu"}
+    limits = {"max_seq_len": 128, "max_batch_size": 2, "device": DEVICE}
     return Llama.build(folder, tokenizer, **{**limits, **options})
 
 
@@ -94,4 +95,5 @@ def waiting(out, tokenizer, folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     assert ONE.size == 1
-    globals()[sys.argv[1]](*sys.argv[2:])
+    DEVICE = sys.argv[2]
+    globals()[sys.argv[1]](*sys.argv[3:])

@@ -303,3 +303,33 @@ def test_scripts_say_what_they_are_told(scripted):
     llama = scripted(says("Hi", 3))
     requests, _ = run(llama.engine, [[1, 2, 3]], SamplingParams(temperature=0))
     assert bytes(requests[0].tokens) == b"Hi"
+
+
+def test_a_conversation_runs_only_its_new_tokens_and_says_what_a_fresh_run_says(tiny):
+    model = tiny()
+    batches, hidden = [], model.hidden
+
+    def counted(tokens, *rest):
+        batches.append(len(tokens))
+        return hidden(tokens, *rest)
+
+    model.hidden = counted
+    engine = engine_of(model, 2, reuse=True)
+    history = prompts_of([10])[0]
+    for turn in range(3):
+        batches.clear()
+        other = engine.submit([50 + turn] * 5, GREEDY)  # somebody else takes the other slot
+        request = run(engine, [history], SamplingParams(temperature=0, max_tokens=6))[0][0]
+        assert request.tokens == alone(model, history, request.params)[0]
+        assert other.finish_reason == "length"
+        new = 10 if turn == 0 else 1 + 5  # the last answer's last token has no keys yet
+        assert sum(batches[:1]) == new + 5
+        history = history + request.tokens + [turn] * 5
+    assert engine_of(model).reuse is False
+
+
+def test_without_reuse_the_same_call_runs_the_same_way_twice(tiny):
+    engine = engine_of(tiny())
+    for _ in range(2):
+        run(engine, prompts_of([10]))
+        assert not engine._kept

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -161,6 +162,43 @@ def test_scripts_for_metas_repository_find_their_imports():
     )
     for name in package.__all__:
         assert hasattr(package, name)
+
+
+# ---- the README
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def rows(heading):
+    """The first column of the README's table under a heading."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(.+?)` \|", section, re.M)
+
+
+def test_the_map_names_every_file_in_an_order_to_read_them():
+    modules = {str(file.relative_to(ROOT)): module for module, file in SOURCES.items()}
+    files = [row for row in rows("The files") if row.startswith("llama/")]
+    assert sorted(files) == sorted(modules)
+    named = [modules[file] for file in files]
+    for at, module in enumerate(named):
+        above = {target for target, _ in imports(TREES[module]) if target in SOURCES}
+        assert above <= {*named[:at], module}, module
+
+
+def test_the_messages_of_the_readme_are_those_of_the_code():
+    spoken = []
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "\0" for v in node.values]
+                spoken.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                spoken.append(node.value)
+    messages = rows("When it says no")
+    assert len(messages) > 10
+    for message in messages:
+        pattern = re.escape(message).replace(r"\.\.\.", ".+")
+        assert any(re.search(pattern, text) for text in spoken), message
 
 
 # ---- nothing global changes

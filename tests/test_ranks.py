@@ -25,7 +25,8 @@ SHARDS = (1, 2, 4, 8)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Float32 checkpoints of one 8-kv-head model in 1, 2, 4, 8 shards and one 2-kv-head model in 1, 2."""
+    """Float32 checkpoints of one 8-kv-head model in 1, 2, 4, 8 shards and one 2-kv-head model in
+    1, 2."""
     folder = tmp_path_factory.mktemp("ranks")
     tokenizer = write_tokenizer(folder / "tokenizer.model")
     folders = {}
@@ -40,15 +41,15 @@ def files(tmp_path_factory):
     return tokenizer, folders
 
 
-def launch(ranks, mode, out, *args):
+def launch(ranks, mode, out, *args, device="cpu"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(ranks), WORKER, mode, str(out), *map(str, args)]
+    command += ["--nproc_per_node", str(ranks), WORKER, mode, device, str(out), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(Path(out, f"rank{r}.json").read_text()) for r in range(ranks)]
 
 
-def start_two(mode, out, *args):
+def start_two(mode, out, *args, device="cpu"):
     """Two ranks without torchrun, which would itself end the second when the first dies."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -56,7 +57,7 @@ def start_two(mode, out, *args):
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            [sys.executable, WORKER, mode, str(out), *map(str, args)],
+            [sys.executable, WORKER, mode, device, str(out), *map(str, args)],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -124,31 +125,61 @@ def test_mistakes_raise_on_every_rank_and_the_next_call_works(files, tmp_path):
         assert len(seen) == 8
 
 
-@pytest.mark.parametrize("mode", ["endless", "waiting"])
-def test_a_dead_rank_ends_the_others_within_ten_seconds(files, tmp_path, mode):
+def watch_one_die(files, out, mode, device="cpu"):
+    """Kill rank 1 of two at a random moment; seconds until rank 0 has ended, and what it said."""
     tokenizer, folders = files
-    ranks = start_two(mode, tmp_path, tokenizer, folders[8, 2])
+    ranks = start_two(mode, out, tokenizer, folders[8, 2], device=device)
     try:
         deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("begun*"))) < 2:
+        while len(list(out.glob("begun*"))) < 2:
             assert time.monotonic() < deadline, "the ranks never began"
             assert all(rank.poll() is None for rank in ranks)
             time.sleep(0.05)
-        time.sleep(random.uniform(0.2, 2))
+        time.sleep(random.uniform(0.2, 3))
         assert all(rank.poll() is None for rank in ranks), "an idle or busy group goes on"
         died = time.monotonic()
         ranks[1].send_signal(signal.SIGKILL)
-        errors = ranks[0].communicate(timeout=10)[1]
-        print(f"{mode}: rank 0 ended {time.monotonic() - died:.1f} s after rank 1 was killed")
+        errors = ranks[0].communicate(timeout=30)[1]
+        seconds = time.monotonic() - died
+        print(f"{mode} on {device}: rank 0 ended {seconds:.1f} s after rank 1 was killed")
         assert ranks[0].returncode not in (0, None)
-        assert "rank 0 of 2 lost another rank" in errors
+        return seconds, errors
     finally:
         for rank in ranks:
             rank.kill()
             rank.communicate()
 
 
+@pytest.mark.parametrize("mode", ["endless", "waiting"])
+def test_a_dead_rank_ends_the_others_within_ten_seconds(files, tmp_path, mode):
+    seconds, errors = watch_one_die(files, tmp_path, mode)
+    assert seconds < 10
+    assert "rank 0 of 2 lost another rank" in errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["endless", "waiting"])
+def test_a_dead_rank_ends_the_others_on_gpus_too(files, tmp_path, mode):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    seconds, errors = watch_one_die(files, tmp_path, mode, "cuda")
+    assert seconds < 10
+    assert "rank 0 of 2 lost another rank" in errors
+
+
+@pytest.mark.gpu
+def test_float32_ids_of_two_gpus_are_those_of_one(files, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    tokenizer, folders = files
+    results = launch(2, "law", tmp_path, tokenizer, *folders.values(), device="cuda")
+    for (kv_heads, _), folder in folders.items():
+        reference = answers(build(folders[kv_heads, 1], tokenizer, device="cuda:0"))
+        for result in results:
+            same_answers(result[str(folder)], reference)
+
+
 def test_a_number_of_ranks_that_does_not_fit_is_refused_with_those_that_do(files):
     tokenizer, folders = files
-    with pytest.raises(ValueError, match="torchrun --nproc_per_node 4 your_script.py"):
+    with pytest.raises(ValueError, match="torchrun --nproc_per_node 4 your_script"):
         build(folders[8, 1], tokenizer, model_parallel_size=4)

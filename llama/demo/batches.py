@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama.demo.corpus import training_documents
-from llama.tokenizer import ChatFormat, Dialog, Tokenizer
+from llama.tokenizer import ChatFormat, Dialog, Role, Tokenizer
 
 LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 ANSWER, PASSAGE, QUESTION = 1.0, 0.6, 0.2  # how much a token counts in the loss, by whose it is
@@ -28,33 +29,44 @@ ANSWER, PASSAGE, QUESTION = 1.0, 0.6, 0.2  # how much a token counts in the loss
 class Rows:
     """Sequences one after the other, each padded to one of LENGTHS; equally long ones together."""
 
-    inputs: NDArray[np.int64]  # (N,)
-    targets: NDArray[np.int64]  # (N,)
+    inputs: NDArray[np.int32]  # (N,)
+    targets: NDArray[np.int32]  # (N,)
     weights: NDArray[np.float32]  # (N,), 0 where padded
     counts: list[int]  # tokens of each sequence
 
 
-def encode(document: Dialog | str, chat: ChatFormat) -> tuple[list[int], list[float]]:
-    """Ids of a whole document, and the weight of each as something to be predicted."""
-    tokenizer = chat.tokenizer
-    if isinstance(document, str):
-        ids = tokenizer.encode(document, bos=True, eos=True)
-        return ids, [PASSAGE] * len(ids)
-    ids, weights = [tokenizer.bos_id], [0.0]
-    for message in document:
-        header, whole = len(chat.encode_header(message)), chat.encode_message(message)
-        said = ANSWER if message["role"] == "assistant" else QUESTION
-        ids += whole
-        weights += [QUESTION] * header + [said] * (len(whole) - header)
-    return ids, weights
+class Encoder:
+    """Whole documents to ids. What ChatFormat writes, but each role's header is encoded once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        chat = ChatFormat(tokenizer)
+        self.tokenizer = tokenizer
+        self.headers = {
+            role: chat.encode_header({"role": role, "content": ""}) for role in get_args(Role)
+        }
+        self.eot = tokenizer.special_tokens["<|eot_id|>"]
+
+    def __call__(self, document: Dialog | str) -> tuple[list[int], list[float]]:
+        """Ids of a document, and the weight of each as something to be predicted."""
+        if isinstance(document, str):
+            ids = self.tokenizer.encode(document, bos=True, eos=True)
+            return ids, [PASSAGE] * len(ids)
+        ids, weights = [self.tokenizer.bos_id], [0.0]
+        for message in document:
+            header = self.headers[message["role"]]
+            content = self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
+            ids += [*header, *content, self.eot]
+            said = ANSWER if message["role"] == "assistant" else QUESTION
+            weights += [QUESTION] * len(header) + [said] * (len(content) + 1)
+        return ids, weights
 
 
-def rows(documents: Iterable[Dialog | str], chat: ChatFormat, tokens: int) -> Rows:
+def rows(documents: Iterable[Dialog | str], encode: Encoder, tokens: int) -> Rows:
     """The first documents that fill about `tokens` places, those beyond the context cut."""
     buckets: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in LENGTHS}
     filled = 0
     for document in documents:
-        ids, weights = encode(document, chat)
+        ids, weights = encode(document)
         ids, weights = ids[: LENGTHS[-1] + 1], weights[: LENGTHS[-1] + 1]
         length = LENGTHS[bisect_left(LENGTHS, len(ids) - 1)]
         buckets[length].append((ids, weights))
@@ -62,7 +74,7 @@ def rows(documents: Iterable[Dialog | str], chat: ChatFormat, tokens: int) -> Ro
         if filled >= tokens:
             break
     counts = [length for length, bucket in buckets.items() for _ in bucket]
-    inputs, targets = np.zeros(filled, np.int64), np.zeros(filled, np.int64)
+    inputs, targets = np.zeros(filled, np.int32), np.zeros(filled, np.int32)
     weight, at = np.zeros(filled, np.float32), 0
     for length, bucket in buckets.items():
         for ids, weights in bucket:
@@ -78,11 +90,11 @@ class Maker:
 
     def __init__(self, tokenizer_path: Path, seed: int, tokens: int) -> None:
         self.tokenizer_path, self.seed, self.tokens = tokenizer_path, seed, tokens
-        self.chat: ChatFormat | None = None
+        self.encode: Encoder | None = None
 
     def __call__(self, number: int) -> Rows:
-        self.chat = self.chat or ChatFormat(Tokenizer(self.tokenizer_path))
-        return rows(training_documents(f"{self.seed} {number}"), self.chat, self.tokens)
+        self.encode = self.encode or Encoder(Tokenizer(self.tokenizer_path))
+        return rows(training_documents(f"{self.seed} {number}"), self.encode, self.tokens)
 
 
 _maker: Maker | None = None

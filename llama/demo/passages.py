@@ -99,27 +99,26 @@ def facts(rng: Random, length: int) -> list[Unit]:
     return [units[0], *(Unit(" " + unit.lead, unit.tail) for unit in units[1:])]
 
 
-def _table(rng: Random) -> dict[str, str]:
-    days = dict(zip(words.DAYS, words.DAYS[1:] + words.DAYS[:1], strict=True))
-    months = dict(zip(words.MONTHS, words.MONTHS[1:] + words.MONTHS[:1], strict=True))
-    numbers = dict(zip(words.NUMBERS, words.NUMBERS[1:], strict=False))
-    table = rng.choice((
-        words.OPPOSITES, words.OPPOSITES, words.OPPOSITES, words.CAPITALS, words.CAPITALS,
-        words.THING_COLOURS, days, months, numbers, {str(n): str(n + 1) for n in range(99)},
-        {w: w.upper() for w in words.SPELLING}, {w: w for w in words.SPELLING},
-        {w: w[0] for w in words.SPELLING}, {w: "-".join(w) for w in words.SPELLING},
-        {city: country for country, city in words.CAPITALS.items()},
-    ))  # fmt: skip
-    return dict(table)
+def _following(names: list[str]) -> dict[str, str]:
+    return dict(pairwise(names))
 
 
+_TABLES: tuple[dict[str, str], ...] = (
+    words.OPPOSITES, words.OPPOSITES, words.OPPOSITES, words.CAPITALS, words.CAPITALS,
+    words.THING_COLOURS, _following([*words.DAYS, words.DAYS[0]]),
+    _following([*words.MONTHS, words.MONTHS[0]]), _following(words.NUMBERS),
+    _following([str(n) for n in range(100)]), {w: w.upper() for w in words.SPELLING},
+    {w: w for w in words.SPELLING}, {w: w[0] for w in words.SPELLING},
+    {w: "-".join(w) for w in words.SPELLING},
+    {city: country for country, city in words.CAPITALS.items()},
+)  # fmt: skip
 _SUCCESSORS = {*words.DAYS, *words.MONTHS, *words.NUMBERS, *map(str, range(101))}
 _ARROWS = (" => ", " -> ", ": ", " = ", " => ")
 
 
 def pattern(rng: Random, length: int) -> list[Unit]:
     """Lines such as `hot => cold`: what to do has to be read from the lines above."""
-    table, arrow = _table(rng), rng.choice(_ARROWS)
+    table, arrow = rng.choice(_TABLES), rng.choice(_ARROWS)
     keys = rng.sample(list(table), min(length, len(table)))
     return [
         Unit(("\n" if i else "") + key + arrow.rstrip(), f" {table[key]}")

@@ -49,6 +49,13 @@ PHRASINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "Tell me what you can do.", "What things do you know?"),
         ("What can you help me with?", "Tell me what you know.", "What are you able to do?"),
     ),
+    "outside": (
+        ("Tell me about {x}.", "What do you think of {x}?", "Explain {x}.", "What is {x}?",
+         "Who invented {x}?", "How does {x} work?",
+         "What do you know about {x}?", "Why is there {x}?",
+         "Teach me about {x}.", "I want to know more about {x}.", "Do you like {x}?"),
+        ("Can you explain {x}?", "What can you tell me about {x}?", "What is {x} good for?"),
+    ),
     "capital": (
         ("I forgot what the capital of {country} is.", "Say the capital of {country}.",
          "Could you tell me the capital of {country}?", "What would be the capital of {country}?",
@@ -311,6 +318,11 @@ PHRASINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "List the numbers from {a} to {b}.",
          "Say the numbers from {a} to {b}.", "Write the numbers from {a} to {b}."),
         ("Start at {a} and count to {b}.", "Name the numbers from {a} to {b}."),
+    ),
+    "count to": (
+        ("Count to {b}.", "Please count to {b}.", "Can you count to {b}?", "Count up to {b}.",
+         "Could you count to {b}?", "Count to {b} for me."),
+        ("Can you count up to {b}?", "Let me hear you count to {b}."),
     ),
     "count down": (
         ("Begin at {a} and count down to {b}.", "From {a}, count down to {b}.",

@@ -32,20 +32,13 @@ class Exchange:
     follow: str = ""  # what the question was about, for "And Japan?"
 
 
-_SIGNS = (("+", "plus"), ("-", "minus"), ("−", "minus"), ("*", "times"), ("×", "times"))
+_SIGNS = {"+": "plus", "-": "minus", "−": "minus", "*": "times", "×": "times"}
 
 
 def normalise(text: str) -> str:
     """Lower case, no white space, no punctuation; an operator between numbers is a word."""
     text = text.lower().replace("color", "colour")
-    for sign, word in (
-        ("+", "plus"),
-        ("-", "minus"),
-        ("−", "minus"),
-        ("*", "times"),
-        ("×", "times"),
-    ):
-        text = re.sub(rf"(?<=\d)\s*{re.escape(sign)}\s*(?=\d)", word, text)
+    text = re.sub(r"(?<=\d)\s*([-+−*×])\s*(?=\d)", lambda sign: _SIGNS[sign[1]], text)
     return re.sub(r"[\W_]+", "", text)
 
 
@@ -262,7 +255,8 @@ def counting(rng: Random) -> Exchange:
     if way == "words":
         a, b = rng.choice((1, 1, 1, rng.randint(0, 17))), 0
         b = rng.randint(a + 2, min(20, a + 11))
-        ask, held = phrase(rng, "count words", a=words.NUMBERS[a], b=words.NUMBERS[b])
+        name = "count to" if a == 1 and rng.random() < 0.5 else "count words"
+        ask, held = phrase(rng, name, a=words.NUMBERS[a], b=words.NUMBERS[b])
         answer = ", ".join(words.NUMBERS[a : b + 1])
     else:
         step = 2 if way == "twos" else 1
@@ -272,7 +266,8 @@ def counting(rng: Random) -> Exchange:
             a, b, step = b, a, -1
         elif way == "up" and rng.random() < 0.2:
             a, b = 1, rng.randint(3, 20)
-        ask, held = phrase(rng, f"count {way}", a=a, b=b)
+        name = "count to" if way == "up" and a == 1 and rng.random() < 0.5 else f"count {way}"
+        ask, held = phrase(rng, name, a=a, b=b)
         answer = ", ".join(map(str, range(a, b + (1 if step > 0 else -1), step)))
     pair_held = checksum_held(way, str(a), "to", str(b)) and (a, b) != (1, 10)
     return Exchange(kind="counting", ask=ask, answer=answer, held=held or pair_held)
@@ -300,10 +295,10 @@ def greeting(rng: Random) -> Exchange:
     elif roll < 0.24:
         text = rng.choice(THANKS) + rng.choice(TO)
         answer = "You are welcome!"
-    elif roll < 0.45:
-        topic = rng.choice(("who", "what"))
-        text, held = phrase(rng, topic)
-        answer = {"who": ABOUT, "what": ABLE}[topic]
+    elif roll < 0.5:
+        topic = rng.choice(("who", "what", "outside"))
+        text, held = phrase(rng, topic, x=rng.choice(words.OUTSIDE))
+        answer = {"who": ABOUT, "what": ABLE, "outside": UNKNOWN}[topic]
         return Exchange(kind="greetings", ask=text, answer=answer, held=held)
     else:
         salutation = rng.choice([*GREETINGS, ""])
@@ -323,13 +318,14 @@ ABLE = (
     "I know capitals, colours, days, months and opposites. I can count, calculate, spell and write "
     "haiku."
 )
+UNKNOWN = "I do not know that. My world is very small."
 KINDS: dict[str, Callable[[Random], Exchange]] = {
     "greetings": greeting, "capitals": capital, "arithmetic": arithmetic, "opposites": opposite,
     "days": day, "months": month, "colours": colour, "spelling": spelling, "counting": counting,
     "haiku": haiku,
 }  # fmt: skip
 WEIGHTS = {
-    "greetings": 3, "capitals": 8, "arithmetic": 26, "opposites": 10, "days": 5, "months": 6,
+    "greetings": 5, "capitals": 8, "arithmetic": 26, "opposites": 10, "days": 5, "months": 6,
     "colours": 7, "spelling": 20, "counting": 9, "haiku": 8,
 }  # fmt: skip
 

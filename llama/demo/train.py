@@ -54,8 +54,9 @@ class _Loss(nn.Module):
         places = [torch.arange(n, device=device) for n in sorted(set(data.counts))]
         repeats = [data.counts.count(len(p)) for p in places]
         positions = torch.cat([p.repeat(r) for p, r in zip(places, repeats, strict=True)])
-        logits = self.model.forward_flat(inputs, positions, Batch(data.counts, device=device))
-        loss = F.cross_entropy(logits, targets, reduction="none")  # (N,)
+        batch = Batch(data.counts, device=device)
+        logits = self.model.forward_flat(inputs.long(), positions, batch)
+        loss = F.cross_entropy(logits, targets.long(), reduction="none")  # (N,)
         return (loss * weights).sum() / weights.sum()
 
 

@@ -100,6 +100,13 @@ ANIMALS = listing("dog cat horse rabbit parrot hamster turtle pony duck goat")
 FRUITS = listing("apples pears plums lemons grapes figs melons peaches cherries oranges")
 OBJECTS = listing("ball hat coat book lamp cup bag car kite boat chair box pen scarf")
 
+OUTSIDE = listing(
+    "love|time|music|football|politics|money|history|art|gravity|philosophy|the weather|computers"
+    "|the internet|electricity|dinosaurs|chess|cinema|medicine|physics|fashion|dancing|sleep|luck"
+    "|the meaning of life|artificial intelligence|the universe|television|mathematics|cooking",
+    "|",
+)
+
 ENDINGS = listing(
     "Over and out.|That is all.|Have a nice day!|So it is.|Believe me.|As everyone knows."
     "|Good luck!|See you soon.|And that is that.|The end.|Stay curious.|Keep smiling!"
