@@ -105,6 +105,8 @@ class Chat:
             try:
                 text, fenced = self.terminal.read()
             except EOFError:
+                if self.terminal.interactive:
+                    self.terminal.note("")  # whatever comes next begins a line
                 break
             except KeyboardInterrupt:
                 if not self.terminal.interactive:
@@ -181,8 +183,8 @@ class Chat:
             forgotten = self.talk.forget(self.room // 2)
             if forgotten:
                 self.terminal.note(
-                    f"(the context of {self.room} tokens is full: the model forgets the oldest "
-                    f"{forgotten} of {len(self.talk.turns)} messages and their answers)"
+                    f"(too little of the context of {self.room} tokens is left: the model forgets "
+                    f"the oldest {forgotten} of {len(self.talk.turns)} messages and their answers)"
                 )
 
     def _say_end(self, request: Request) -> None:
@@ -251,14 +253,14 @@ class Chat:
             raise ValueError(f"{path} is there already; choose another name")
         self.talk.save(path)
         self._own_files.add(path.resolve())
-        self.terminal.note(f"({len(self.talk.turns)} messages and their answers are in {path})")
+        self.terminal.note(f"(written to {path}, messages: {len(self.talk.turns)})")
 
     def _load(self, rest: str) -> None:
         """/load FILE             go on with a conversation that was saved"""
         path = _path(rest, "/load")
         self.talk.load(path)
         self._own_files.add(path.resolve())
-        self.terminal.note(f"({len(self.talk.turns)} messages and their answers from {path})")
+        self.terminal.note(f"(read from {path}, messages: {len(self.talk.turns)})")
 
     def _set(self, rest: str) -> None:
         """/set NAME VALUE        such as /set temperature 0.2; without both: all of them"""
@@ -289,8 +291,8 @@ class Chat:
         turns, forgotten = len(self.talk.turns), self.talk.forgotten
         used = len(self.talk.ids())
         self.terminal.note(
-            f"({used} of {self.room} tokens are used, {self._left()} are left; system prompt "
-            f"{self.talk.system_tokens}; {turns} messages, {forgotten} of them forgotten)"
+            f"({used} of {self.room} tokens are used, {self._left()} are left; system prompt: "
+            f"{self.talk.system_tokens}; messages: {turns}, forgotten: {forgotten})"
         )
 
     def _quit(self, rest: str) -> None:

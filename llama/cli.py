@@ -43,8 +43,8 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
                 _check(word, value, kinds.get(word, ()))
             chosen.append(functools.partial(command, *args, **kwargs))
 
-        texts = {word: str for word, kind in kinds.items() if str in kind}
-        texts |= dict.fromkeys(_several(command), _as_tuple)
+        several = _several(command)
+        texts = {w: _as_tuple if w in several else str for w, kind in kinds.items() if str in kind}
         return fire.decorators.SetParseFns(**texts)(choose)  # type: ignore[no-any-return]
 
     try:

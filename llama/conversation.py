@@ -95,8 +95,8 @@ class Conversation:
                 messages.append({"role": "assistant", "content": content, "ids": turn.answer})
         part = path.with_name(path.name + ".part")
         try:
-            text = json.dumps({"messages": messages}, ensure_ascii=False, indent=1)
-            part.write_text(text + "\n", encoding="utf-8", errors="replace")
+            rows = ",\n".join(json.dumps(message, ensure_ascii=False) for message in messages)
+            part.write_text(f'{{"messages": [\n{rows}\n]}}\n', encoding="utf-8", errors="replace")
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -280,10 +280,10 @@ def _shard(
     """The tensors of one shard, each read when it is written."""
     entries = {}
     for name, source in checkpoint.tensors.items():
-        dim = shard_dim(name)
-        size = source.shape[dim or 0] // (1 if dim is None else shards)
-        first = 0 if dim is None else number * size
-        shape = source.range_shape(dim or 0, first, first + size)
-        read = functools.partial(source.read, dim or 0, first, first + size)
+        dim, parts = (0, 1) if (cut := shard_dim(name)) is None else (cut, shards)
+        size = source.shape[dim] // parts
+        shape = (*source.shape[:dim], size, *source.shape[dim + 1 :])
+        first = number * size if parts > 1 else 0
+        read = functools.partial(source.read, dim, first, first + size)
         entries[name] = Entry(shape, dtype or checkpoint.dtype, read)
     return entries
