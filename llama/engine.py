@@ -169,7 +169,7 @@ class Engine:
         if not work:
             return []
         self.steps += 1
-        with self.model.ranks.step():
+        with self.model.ranks.together():
             ready, logits = self._run(work)
             choices = self._sample(ready, logits) if ready else []
         for request, count in work:  # from here on nothing fails: a step happens as a whole or not
