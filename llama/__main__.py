@@ -20,7 +20,7 @@ from llama.checkpoint import reshard as write_shards
 from llama.checkpoint.source import mapped_parts
 from llama.generation import Llama, as_dtype, chunk_rows, with_limits
 from llama.model import RopeScaling
-from llama.parallel import Ranks
+from llama.parallel import Ranks, local_device
 from llama.perplexity import check_window, default_window, score
 from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
@@ -269,7 +269,7 @@ def perplexity(
     if window is None:
         window = default_window(open_checkpoint(ckpt_dir).args.context_length)
     stride = check_window(window, stride)
-    slots = max(1, 2048 // window)  # what fills a step on a GPU
+    slots = max(1, chunk_rows(local_device(device)) // window)  # what fills a step
     llama = Llama.build(ckpt_dir, tokenizer_path, window, slots, device=device, dtype=dtype)
     result = score(llama, text, window=window, stride=stride, show_progress=llama.is_main)
     error = result.perplexity * result.error

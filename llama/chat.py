@@ -42,6 +42,8 @@ class Answers:
     def __init__(self, llama: Llama) -> None:
         self.engine = llama.engine
         self.engine.reuse = True
+        if self.engine.device.type == "cpu":  # so that Ctrl-C is heard soon in a long prompt
+            self.engine.chunk = min(self.engine.chunk, 512)
         self.ranks = llama.model.ranks
 
     def ask(self, ids: Sequence[int], params: SamplingParams) -> Steps:

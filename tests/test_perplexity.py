@@ -74,7 +74,9 @@ def test_the_demos_own_text_as_computed_directly(tmp_path):
     if not (DEMO / "consolidated.00.pth").exists():
         pytest.skip("the demo has not been trained")
     llama = Llama.build(DEMO, max_seq_len=256, max_batch_size=4, device="cpu", dtype="float32")
-    text = "\n".join(held_out_text(40))
+    documents = held_out_text(60)
+    plain = [d if isinstance(d, str) else "\n".join(m["content"] for m in d) for d in documents]
+    text = "\n".join(plain)
     result = score(llama, text, window=256)
     close(result, direct(llama, text, 256, 128), text)
     print(
