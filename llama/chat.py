@@ -182,11 +182,11 @@ class Chat:
                 f"context of {self.room} must also hold an answer"
             )
         if len(self.talk.ids()) + wanted > self.room:
-            forgotten = self.talk.forget(self.room // 2)
-            if forgotten:
+            if self.talk.forget(self.room // 2):
                 self.terminal.note(
                     f"(too little of the context of {self.room} tokens is left: the model forgets "
-                    f"the oldest {forgotten} of {len(self.talk.turns)} messages and their answers)"
+                    f"the oldest {self.talk.forgotten} of {len(self.talk.turns)} messages and "
+                    "their answers)"
                 )
 
     def _say_end(self, request: Request) -> None:
