@@ -181,13 +181,12 @@ class Chat:
                 f"the message was not sent: with the system prompt it has {least} tokens, and the "
                 f"context of {self.room} must also hold an answer"
             )
-        if len(self.talk.ids()) + wanted > self.room:
-            if self.talk.forget(self.room // 2):
-                self.terminal.note(
-                    f"(too little of the context of {self.room} tokens is left: the model forgets "
-                    f"the oldest {self.talk.forgotten} of {len(self.talk.turns)} messages and "
-                    "their answers)"
-                )
+        if len(self.talk.ids()) + wanted > self.room and self.talk.forget(self.room // 2):
+            self.terminal.note(
+                f"(too little of the context of {self.room} tokens is left: the model forgets "
+                f"the oldest {self.talk.forgotten} of {len(self.talk.turns)} messages and "
+                "their answers)"
+            )
 
     def _say_end(self, request: Request) -> None:
         note = self.terminal.note
