@@ -115,6 +115,14 @@ class Ranks:
             dist.all_gather(theirs, mine, group=self.control)
         return [t.tolist() for t in theirs]
 
+    def tell(self, message: bytes = b"") -> bytes:
+        """Rank 0's message, on every rank; what the others pass is not looked at.
+
+        Two collectives, which wait for rank 0 as long as it lives.
+        """
+        size = self.exchange([len(message)])[0][0]
+        return bytes(self.exchange(message.ljust(size, b"\0")[:size])[0])
+
     def agree(self, problem: Exception | None, doing: str) -> None:
         """Raise on every rank if any has a `problem`: nobody waits for one that gave up."""
         failed = [r for r, (bad,) in enumerate(self.exchange([problem is not None])) if bad]
