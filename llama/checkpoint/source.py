@@ -79,6 +79,7 @@ class Checkpoint:
     `tensors` holds every name of `names.shapes`, except output.weight where args.tied. `skipped`
     says of each tensor in the files that is not among them why. `path` is the folder that was
     opened, None for random weights; `shards` the number of files; `dtype` that of the weights.
+    `stop_token_ids` and `chat_template` (in jinja) are what the files say beside the tokenizer's.
     """
 
     args: ModelArgs
@@ -88,6 +89,8 @@ class Checkpoint:
     shards: int = 1
     skipped: Mapping[str, str] = field(default_factory=dict)
     tokenizer_path: Path | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    chat_template: str | None = field(default=None, repr=False)
 
     @property
     def parameters(self) -> int:
