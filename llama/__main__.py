@@ -11,11 +11,23 @@ from dataclasses import replace
 import torch
 
 from llama import cli
-from llama.checkpoint import Checkpoint, check, free_memory, make_plan, open_checkpoint
+from llama.checkpoint import (
+    Checkpoint,
+    check,
+    free_memory,
+    make_plan,
+    merge_adapter,
+    open_checkpoint,
+    write_hf,
+    write_meta,
+)
 from llama.checkpoint.source import mapped_parts
-from llama.generation import as_dtype, chunk_rows, with_limits
+from llama.generation import as_dtype, chunk_rows, open_tokenizer, with_limits
 from llama.model import RopeScaling
 from llama.parallel import Ranks
+from llama.templates import choose_format
+from llama.tokenizer import ChatFormat
+from llama.tokenizer_json import ranks_file
 
 
 def info(
@@ -28,7 +40,7 @@ def info(
     """Say what lies in a folder of weights, and what running it would take.
 
     Args:
-        ckpt_dir: folder with params.json and consolidated.NN.pth.
+        ckpt_dir: folder of weights, Meta's files or Hugging Face's.
         max_batch_size: sequences that run at one time.
         max_seq_len: tokens of a sequence, prompt and answer; what Llama.build takes by default.
         dtype: float32, bfloat16 or float16; the checkpoint's own by default.
@@ -48,6 +60,60 @@ def info(
     } | _memory(replace(checkpoint, args=args), kind, model_parallel_size)
     for title, text in rows.items():
         print(f"{title:15}  {text}")
+
+
+def convert(
+    src: str,
+    dst: str,
+    format: str,
+    shards: int = 1,
+    dtype: str | None = None,
+    adapter: str | None = None,
+) -> None:
+    """Write a model in another format.
+
+    Args:
+        src: folder of weights in any format that is read.
+        dst: folder to write to, without weights.
+        format: meta (params.json and consolidated.NN.pth) or hf (Hugging Face's).
+        shards: number of files of weights; of format meta only.
+        dtype: bf16, f16 or f32; the checkpoint's own by default.
+        adapter: folder of a LoRA adapter, which is added.
+    """
+    if format not in _WRITERS:
+        raise ValueError(f"format {format!r}: use one of {', '.join(_WRITERS)}")
+    if shards != 1 and format != "meta":
+        raise ValueError(f"shards={shards}: files of format {format} are not cut in that way")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r}: use one of {', '.join(_DTYPES)}")
+    checkpoint = open_checkpoint(src)
+    if adapter is not None:
+        checkpoint = merge_adapter(checkpoint, adapter)
+    if checkpoint.tokenizer_path is None:
+        print(f"{src} has no tokenizer: none is written", file=sys.stderr)
+    _WRITERS[format](checkpoint, dst, shards, _DTYPES.get(dtype or ""))
+    print(f"{dst}: {checkpoint.parameters:,} parameters")
+
+
+def _write_meta(checkpoint: Checkpoint, dst: str, shards: int, dtype: torch.dtype | None) -> None:
+    path, ranks = checkpoint.tokenizer_path, None
+    if path is not None:
+        tokenizer = open_tokenizer(path, checkpoint)
+        ranks = path.read_bytes() if path.suffix == ".model" else ranks_file(tokenizer)
+        ours = isinstance(choose_format(tokenizer, checkpoint.chat_template), ChatFormat)
+        if not ours or set(checkpoint.stop_token_ids) - tokenizer.stop_tokens:
+            print("Meta's files do not hold chat template and stop tokens", file=sys.stderr)
+    write_meta(checkpoint, dst, shards=shards, dtype=dtype, tokenizer=ranks, show_progress=True)
+
+
+def _write_hf(checkpoint: Checkpoint, dst: str, shards: int, dtype: torch.dtype | None) -> None:
+    path = checkpoint.tokenizer_path
+    tokenizer = None if path is None else open_tokenizer(path, checkpoint)
+    write_hf(checkpoint, dst, dtype=dtype, tokenizer=tokenizer, show_progress=True)
+
+
+_WRITERS = {"meta": _write_meta, "hf": _write_hf}
+_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 def _memory(checkpoint: Checkpoint, dtype: torch.dtype, size: int) -> dict[str, str]:
@@ -96,7 +162,7 @@ def _scaling(scaling: RopeScaling | None) -> str:
     )
 
 
-COMMANDS = {"info": info}
+COMMANDS: dict[str, cli.Command] = {"info": info, "convert": convert}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ begin, and what has a mark is plain text; only what the template itself writes i
 """
 
 import re
+from itertools import islice
 from typing import Any, Protocol
 
 from llama.sandbox import BoundedTemplate
@@ -97,10 +98,10 @@ class TemplateFormat:
         self._endings = {name[cut:] for name in names for cut in range(1, len(name))}
         self._longest = max(map(len, names))
         first = {name.lstrip()[:1] or name[:1] for name in names}
-        # tags such as </think>, which a template may look for in a message: the mark is before them
-        tags = "|".join(sorted(set(re.findall(r"</?[a-z_]+>", template))))
-        firsts = "|".join(map(re.escape, sorted(first)))
-        self._marked_places = re.compile(f"(?P<tag>{tags})|{firsts}" if tags else firsts)
+        # Tags such as </think>, which a template may look for in a message: they stay whole.
+        self._tags = frozenset(re.findall(r"</?[a-z_]+>", template))
+        places = [*sorted(self._tags), *sorted(first)]
+        self._places = re.compile("|".join(map(re.escape, places)))
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
         """Ids of the whole dialog and what the template opens the answer with.
@@ -109,45 +110,46 @@ class TemplateFormat:
         says against the dialog.
         """
         check_dialog(dialog)
-        mark = self._mark(dialog)
-        rendered = self._render(dialog, mark)
+        marks = self._marks(dialog)
+        rendered = self._render(dialog, marks)
         ids: list[int] = []
         at = 0
         for found in self._special.finditer(rendered):
-            alone = len(found[0]) == 1 and rendered.startswith(mark, found.end())
-            if alone or rendered.endswith(mark, 0, found.start()):
+            begins = found[0] in self._tags and rendered.startswith(marks[0], found.start() - 1)
+            if begins or (len(found[0]) == 1 and rendered.startswith(marks[1], found.end())):
                 continue  # it stands in a message
-            ids += self._plain(rendered[at : found.start()], mark)
+            ids += self._plain(rendered[at : found.start()], marks)
             ids.append(self.tokenizer.special_tokens[found[0]])
             at = found.end()
-        return ids + self._plain(rendered[at:], mark)
+        return ids + self._plain(rendered[at:], marks)
 
-    def _plain(self, text: str, mark: str) -> list[int]:
-        return self.tokenizer.encode(text.replace(mark, ""), bos=False, eos=False)
+    def _plain(self, text: str, marks: str) -> list[int]:
+        text = text.replace(marks[0], "").replace(marks[1], "")
+        return self.tokenizer.encode(text, bos=False, eos=False)
 
-    def _mark(self, dialog: Dialog) -> str:
-        """A character for private use that occurs nowhere."""
+    def _marks(self, dialog: Dialog) -> str:
+        """Two characters for private use that occur nowhere: before a tag, within a name."""
         used = {*self.template, *"".join(self.tokenizer.special_tokens)}
         used.update(*(message["content"] for message in dialog))
-        free = (chr(code) for code in (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)))
-        return next(char for char in free if char not in used)
+        codes = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
+        return "".join(islice((chr(code) for code in codes if chr(code) not in used), 2))
 
-    def _marked(self, content: str, mark: str) -> str:
+    def _marked(self, content: str, marks: str) -> str:
         """`content` with a mark wherever a special token could begin or, at its start, go on."""
         start = len(content) - len(content.lstrip())
         core = content[start : start + self._longest]
         ends = any(core[:size] in self._endings for size in range(1, len(core) + 1))
         if ends or (core and any(core.rstrip() in ending for ending in self._endings)):
-            content = content[: start + 1] + mark + content[start + 1 :]
+            content = content[: start + 1] + marks[1] + content[start + 1 :]
 
         def put(found: re.Match[str]) -> str:
-            return mark + found[0] if found.groupdict().get("tag") else found[0] + mark
+            return marks[0] + found[0] if found[0] in self._tags else found[0] + marks[1]
 
-        return self._marked_places.sub(put, content)
+        return self._places.sub(put, content)
 
-    def _render(self, dialog: Dialog, mark: str) -> str:
+    def _render(self, dialog: Dialog, marks: str) -> str:
         messages: list[dict[str, Any]] = [
-            {"role": m["role"], "content": self._marked(m["content"], mark)} for m in dialog
+            {"role": m["role"], "content": self._marked(m["content"], marks)} for m in dialog
         ]
         names = {number: name for name, number in self.tokenizer.special_tokens.items()}
         values = {

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.checkpoint.source import LazyTensor, Part
+from llama.checkpoint.source import LazyTensor, Part, cast, rows_of
 from llama.strict_json import parse_object
 
 _LARGEST_HEADER = 2**23  # bytes; the 405B has 200 kB
@@ -193,16 +193,8 @@ def write_file(
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for source in tensors.values():
+        for name, source in tensors.items():
             for block in rows_of(source):
-                raw = block.to("cpu", dtype).contiguous().view(torch.uint8)
+                raw = cast(name, block, dtype)
                 stream.write(raw.numpy().data)
                 advance(raw.nbytes)
-
-
-def rows_of(source: LazyTensor) -> Iterator[Tensor]:
-    """A tensor from its first row to its last, in blocks of bounded size."""
-    row = prod(source.shape[1:]) * source.dtype.itemsize
-    rows = max(1, _BLOCK // (row or 1))
-    for start in range(0, source.shape[0], rows):
-        yield source.read(0, start, min(start + rows, source.shape[0]))

@@ -19,6 +19,8 @@ from llama.checkpoint.names import local_shape, local_slice, shapes
 from llama.model import ModelArgs
 from llama.parallel import Ranks
 
+_BLOCK = 2**26  # bytes of a block of rows
+
 
 class Part(NamedTuple):
     """A piece of a wanted range: it belongs at `offset` of dimension `dim` there."""
@@ -60,6 +62,27 @@ class LazyTensor(ABC):
             out.narrow(first.dim, first.offset, first.tensor.shape[first.dim]).copy_(first.tensor)
             first = next(parts, None)
         return out
+
+
+def rows_of(
+    source: LazyTensor, dim: int = 0, start: int = 0, stop: int | None = None
+) -> Iterator[Tensor]:
+    """The range start..stop of dimension `dim`, from its first row to its last, in small blocks."""
+    shape = source.range_shape(dim, start, stop)
+    first = start if dim == 0 else 0
+    step = max(1, _BLOCK // (prod(source.shape[1:]) * source.dtype.itemsize or 1))
+    for low in range(first, first + shape[0], step):
+        block = source.read(0, low, min(low + step, first + shape[0]))
+        yield block if dim == 0 else block.narrow(dim, start, shape[dim])
+
+
+def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes of `block` in `dtype`, on the CPU; ValueError where a number is too large for it."""
+    wanted = block.to("cpu", dtype).contiguous()
+    narrows = dtype == torch.float16 and block.dtype != dtype
+    if narrows and not torch.equal(wanted.isfinite(), block.to("cpu").isfinite()):
+        raise ValueError(f"{name} has numbers above 65504, which float16 cannot say: use another")
+    return wanted.view(torch.uint8)
 
 
 # (dim, n_layers) of the released models with Llama 3's vocabulary, without and with scaled rotary
