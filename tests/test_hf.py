@@ -375,32 +375,18 @@ def test_missing_unknown_and_wrong_tensors_are_named(tmp_path, change, message):
 
 def texts(count, seed=0):
     words = ["hello", " ", "\n", "  ", "123", "12345", "é", "漢字", "🙂", "x = f(y)\n\treturn",
-             "'S", "'ll", "<|eot", "_id|>", "<|eot_id|>", "\r\n", "\t", "ſ", "…", "٣", "\u3000", "\x00",
-             "a\u0301", "ﬁ", "The quick brown fox", "👩‍👩‍👧", "don't", "\u200b", "½", ".", "!!",
-             " ,"]  # fmt: skip
+             "'S", "'ll", "<|eot", "_id|>", "<|eot_id|>", "\r\n", "\t", "ſ", "…", "٣", "\u3000",
+             "\x00", "a\u0301", "ﬁ", "The quick brown fox", "👩‍👩‍👧", "don't", "\u200b", "½",
+             ".", "!!", " ,"]  # fmt: skip
     rng = random.Random(seed)
     return ["".join(rng.choices(words, k=rng.randint(0, 24))) for _ in range(count)]
 
 
 @pytest.fixture
-def word_tokenizer(tmp_path):
-    words = [
-        "he",
-        "ll",
-        "hell",
-        "hello",
-        " t",
-        " th",
-        " the",
-        "th",
-        "  ",
-        "12",
-        "123",
-        "ow",
-        "🙂"[:0],
-    ]
-    ranks = [bytes([b]) for b in range(256)] + [w.encode() for w in words]
-    ranks += ["漢".encode()[:2], "漢".encode(), b"el"]
+def word_tokenizer():
+    words = ["he", "ll", "hell", "hello", " t", " th", " the", "th", "  ", "12", "123", "ow", "el"]
+    ranks = [bytes([b]) for b in range(256)] + [word.encode() for word in words]
+    ranks += ["漢".encode()[:2], "漢".encode()]
     special = tokenizer_special(len(ranks))
     return Tokenizer.from_ranks({token: i for i, token in enumerate(ranks)}, special)
 
@@ -515,7 +501,7 @@ def set_in(path, value):
         (set_in(["pre_tokenizer", "pretokenizers", 1, "add_prefix_space"], True), "adds a space"),
         (set_in(["model", "vocab", "he"], 3), "do not have the ids 0 to"),
         (set_in(["model", "vocab", "he"], "x"), "has the id 'x'"),
-        (set_in(["model", "vocab", "漢"], 269), "not written byte by byte"),
+        (set_in(["model", "vocab", "漢"], 271), "not written byte by byte"),
         (set_in(["model", "vocab", "A"], "absent"), "do not have the ids|single byte"),
         (set_in(["model", "merges", 0], "z z"), "not in the vocabulary"),
         (set_in(["model", "merges", 0], 7), "is no pair"),

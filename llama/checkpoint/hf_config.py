@@ -47,7 +47,7 @@ _IGNORED = re.compile(
     r"|rope_(theta|scaling|parameters)|auto_map|pad_token|rope_interleaved"
 )
 # (multiple_of, ffn_dim_multiplier) of the released models
-_MULTIPLES = ((256, None), (1024, 1.3), (4096, 1.3), (4096, 1.2), (256, 1.5))
+_MULTIPLES = ((256, None), (256, 1.5), (1024, 1.3), (4096, 1.3), (4096, 1.2))
 _QUANTIZED = {
     "fp8": "FP8",
     "fbgemm_fp8": "FP8",
