@@ -26,7 +26,8 @@ from jinja2.visitor import NodeTransformer
 _LARGEST_TEMPLATE = 2**17  # characters; those of the widest use have up to 20,000
 _STEPS = 100_000  # loop rounds, calls and pieces of output of one rendering
 _SECONDS = 5.0
-_LARGEST_VALUE = 2**20  # characters and items
+_LARGEST_VALUE = 2**20  # characters, beyond those that are given
+_ITEM = 32  # characters that an item of a list counts for
 _RANGE = 10_000
 
 
@@ -53,7 +54,8 @@ class BoundedTemplate:
         expected. ValueError with what it says where it raises, or with what it does too much of.
         """
         environment = self._environment
-        template = environment.template_class.from_code(environment, self._code, {})
+        make = environment.template_class.from_code
+        template = make(environment, self._code, environment.globals)
         with self._lock:
             environment.budget = _Budget(size, items)
             try:
@@ -92,7 +94,7 @@ class _Budget:
     """What is left of one rendering's steps, time and output."""
 
     def __init__(self, size: int = 0, items: int = 0) -> None:
-        self.size = _LARGEST_VALUE + 2 * size
+        self.size = _LARGEST_VALUE + 2 * size + 20 * _ITEM * items
         self.steps = _STEPS + 100 * items
         self.output = 4 * self.size
         self.until = time.monotonic() + _SECONDS
@@ -117,7 +119,7 @@ class _Budget:
         waiting = list(values)
         while waiting:
             value = waiting.pop()
-            left -= 1
+            left -= _ITEM
             if isinstance(value, str):
                 left -= len(value)
             elif isinstance(value, Mapping):
@@ -129,7 +131,7 @@ class _Budget:
                 waiting += value
             elif isinstance(value, int) and value.bit_length() > 256:
                 raise ValueError("it counts too far")
-            if left < len(waiting):
+            if left < _ITEM * len(waiting):
                 raise ValueError("it makes too large a value")
 
 
@@ -172,7 +174,7 @@ class _Bounded(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)
-        return self._through("_concat", nodes.List(node.nodes, "load", lineno=node.lineno))
+        return self._through("_concat", nodes.List(node.nodes, lineno=node.lineno))
 
     def _made(self, node: nodes.Expr) -> nodes.Expr:
         self.generic_visit(node)
@@ -307,6 +309,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     # ---- what the sandbox asks
 
+    def wrap_str_format(self, value: Any) -> None:  # noqa: ANN401
+        """No str.format, then: its widths have no bounds."""
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:  # noqa: ANN401
         if attr.startswith("_"):
             return False
@@ -319,8 +324,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         __self.budget.check(list(args), kwargs)
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name in ("join", "replace"):
+            if kwargs.keys() - {"_loop_vars", "_block_vars"}:
+                raise ValueError(f"it gives {name} named arguments")
             own = __self._replace if name == "replace" else __self._joined_by
-            return own(owner, *args, **kwargs)
+            return own(owner, *args)
         result = super().call(__context, __obj, *args, **kwargs)
         __self.budget.check(result)
         return result
