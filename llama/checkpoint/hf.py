@@ -278,7 +278,10 @@ def _chat_template(path: Path) -> str | None:
     if file.is_file():
         if file.stat().st_size > 2**20:
             raise ValueError(f"{file}: is larger than 1 MiB")
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file}: is not UTF-8") from None
     file = path / "tokenizer_config.json"
     template = read_json(file, 2**24).get("chat_template") if file.is_file() else None
     if isinstance(template, list):

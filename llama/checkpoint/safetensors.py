@@ -136,7 +136,7 @@ def _entry(name: str, said: object, offset: int) -> Entry:
     if offsets[1] - offsets[0] != prod(shape) * _SIZES[dtype]:
         raise ValueError(
             f"{shown} has {offsets[1] - offsets[0]} bytes, and {dtype} {shape!r:.60} needs "
-            f"{prod(shape) * _SIZES[dtype]:.40}"
+            f"{prod(shape) * _SIZES[dtype]}"
         )
     return Entry(dtype, tuple(shape), offset + offsets[0], offset + offsets[1])
 
