@@ -13,7 +13,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from torch import Tensor
 
 from llama.checkpoint.names import IGNORED, shapes, shard_dim
 from llama.checkpoint.params import make_args, params_of, read_params
-from llama.checkpoint.source import Checkpoint, LazyTensor, Part, rows_of
-from llama.checkpoint.torch_file import Source, save_tensors
+from llama.checkpoint.source import Checkpoint, LazyTensor, Part
 from llama.model import ModelArgs
-from llama.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -233,15 +230,12 @@ def write_meta(
     *,
     shards: int = 1,
     dtype: torch.dtype | None = None,
-    tokenizer: bytes | None = None,
-    show_progress: bool = False,
 ) -> None:
-    """Write a checkpoint as Meta's files, a block of rows at a time in memory.
+    """Write a checkpoint as Meta's files, one shard at a time in memory.
 
-    `tokenizer` are the bytes of tokenizer.model, None for a folder without. Everything is written
-    under temporary names and renamed when it is whole, params.json last. Raises ValueError where
-    `shards` does not divide every dimension that is cut, and FileExistsError where the folder holds
-    weights already.
+    Everything is written under temporary names and renamed when it is whole, params.json last.
+    Raises ValueError where `shards` does not divide every dimension that is cut, and
+    FileExistsError where the folder holds weights already.
     """
     _check_shards(checkpoint.args, shards)
     out = Path(out_dir)
@@ -249,21 +243,15 @@ def write_meta(
     there = [*out.glob("consolidated.*.pth"), *out.glob("params.json")]
     if there:
         raise FileExistsError(f"{there[0]} is there already; write to an empty folder")
-    wanted = dtype or checkpoint.dtype
-    finals = [out / f"consolidated.{number:02}.pth" for number in range(shards)]
-    parts = {final: final.with_name(final.name + ".part") for final in finals}
-    total = checkpoint.parameters * wanted.itemsize  # the norms of further shards are nothing
-    shared = {"output.weight": "tok_embeddings.weight"} if checkpoint.args.tied else {}
+    parts: dict[Path, Path] = {}
     try:
-        with progress("writing weights", total, unit="B", enabled=show_progress) as advance:
-            for number, part in enumerate(parts.values()):
-                tensors = _shard(checkpoint, number, shards)
-                save_tensors(part, tensors, wanted, shared=shared, advance=advance)
-        texts = {} if tokenizer is None else {"tokenizer.model": tokenizer}
-        texts["params.json"] = json.dumps(params_of(checkpoint.args)).encode() + b"\n"
-        for name, text in texts.items():
-            parts[out / name] = out / f"{name}.part"
-            parts[out / name].write_bytes(text)
+        for number in range(shards):
+            final = out / f"consolidated.{number:02}.pth"
+            parts[final] = final.with_name(final.name + ".part")
+            torch.save(_shard(checkpoint, number, shards, dtype), parts[final])
+        final = out / "params.json"
+        parts[final] = final.with_name(final.name + ".part")
+        parts[final].write_text(json.dumps(params_of(checkpoint.args)) + "\n", encoding="utf-8")
         for final, part in parts.items():
             part.replace(final)
     finally:
@@ -280,16 +268,22 @@ def _check_shards(args: ModelArgs, shards: int) -> None:
         raise ValueError(f"shards={shards}: does not divide this model; these do: {works}")
 
 
-def _shard(checkpoint: Checkpoint, number: int, shards: int) -> dict[str, Source]:
-    """The tensors of one shard."""
-    sources = {}
-    for name, tensor in checkpoint.tensors.items():
+def _shard(
+    checkpoint: Checkpoint, number: int, shards: int, dtype: torch.dtype | None
+) -> Mapping[str, Tensor]:
+    """The tensors of one shard, each in its own storage: torch.save writes whole storages."""
+    tensors = {}
+    for name, source in checkpoint.tensors.items():
         dim = shard_dim(name)
-        shape = list(tensor.shape)
-        if dim is None:
-            start, stop = 0, shape[0]
+        part = source.shape[dim] // shards if dim is not None else None
+        if dim is None or part is None:
+            tensor = source.read()
         else:
-            start, stop = (shape[dim] // shards * i for i in (number, number + 1))
-            shape[dim] = stop - start
-        sources[name] = Source(tuple(shape), partial(rows_of, tensor, dim or 0, start, stop))
-    return sources
+            tensor = source.read(dim, number * part, (number + 1) * part)
+        tensor = tensor.to("cpu", dtype or checkpoint.dtype).contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        tensors[name] = tensor
+    if checkpoint.args.tied:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    return tensors
