@@ -39,11 +39,18 @@ class Request:
     finish_reason: str | None = None  # "stop", "length", or what cancel was given
     slot: int = -1
     cached: int = 0  # how many of prompt + tokens have their keys in the slot
+    reused: int = 0  # how many of them had when it came, of an earlier request
 
     @property
     def pending(self) -> int:
         """Tokens whose keys are not in the slot yet: one while decoding, more in the prompt."""
         return len(self.prompt) + len(self.tokens) - self.cached
+
+    def following(self, count: int) -> list[int]:
+        """The first `count` of the pending tokens."""
+        if self.tokens and self.pending == 1:
+            return self.tokens[-1:]
+        return (self.prompt + self.tokens)[self.cached : self.cached + count]
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,11 @@ class Engine:
 
     More requests than slots wait their turn. `stop_token_ids` end every request; `seed` starts the
     stream from which requests without a seed of their own draw one; `chunk` bounds the tokens of a
-    step. With `reuse`, a prompt that begins like what a free slot still holds takes that over and
-    only runs the rest: for conversations. It is off by default, because the same prompt may then
-    differ in the last bit from one call to the next. With several ranks, every rank makes the same
-    calls in the same order.
+    step, a quarter of it those of a step in which others are answering. With `reuse`, a prompt
+    that begins like what a free slot still holds takes that over and only runs the rest: for
+    conversations. It is off by default, because the same prompt may then differ in the last bit
+    from one call to the next. With several ranks, every rank makes the same calls in the same
+    order.
     """
 
     def __init__(
@@ -90,7 +98,7 @@ class Engine:
         max_seq_len: int,
         stop_token_ids: Collection[int] = (),
         seed: int = 1,
-        chunk: int = 512,
+        chunk: int = 2048,
         reuse: bool = False,
     ) -> None:
         self.model = model
@@ -161,7 +169,7 @@ class Engine:
         if not work:
             return []
         self.steps += 1
-        with self.model.ranks.step():
+        with self.model.ranks.together():
             ready, logits = self._run(work)
             choices = self._sample(ready, logits) if ready else []
         for request, count in work:  # from here on nothing fails: a step happens as a whole or not
@@ -180,7 +188,7 @@ class Engine:
             # The slot that knows most of the prompt; else the lowest, to keep the live span short.
             known = {slot: self._known(slot, request) for slot in self._free}
             request.slot = min(self._free, key=lambda slot: (-known[slot], slot))
-            request.cached = known[request.slot]
+            request.cached = request.reused = known[request.slot]
             self._free.remove(request.slot)
             self._kept.pop(request.slot, None)
             self._running.append(request)
@@ -197,7 +205,7 @@ class Engine:
         room."""
         decodes = sorted((r for r in self._running if r.pending == 1), key=lambda r: r.slot)
         work = [(r, 1) for r in decodes]
-        room = max(1, self.chunk - len(work))
+        room = max(1, self.chunk // 4 - len(work)) if work else self.chunk
         for request in self._running:
             if request.pending > 1 and room > 0:
                 count = min(request.pending, room)
@@ -213,8 +221,7 @@ class Engine:
         scored: list[tuple[Request, int, int]] = []  # request, its first row, its tokens
         for request, count in work:
             first, row = request.cached, len(ids)
-            both = request.prompt + request.tokens if request.tokens else request.prompt
-            ids += both[first : first + count]
+            ids += request.following(count)
             positions += range(first, first + count)
             if request.params.prompt_logprobs and first < len(request.prompt):
                 scored.append((request, row, count))

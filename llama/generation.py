@@ -14,7 +14,7 @@ from typing import TypedDict
 
 import torch
 
-from llama.checkpoint import Checkpoint, load, merge_adapter, open_checkpoint
+from llama.checkpoint import load, merge_adapter, open_checkpoint
 from llama.checkpoint.plan import check_memory
 from llama.engine import Engine, Event, Request
 from llama.model import ModelArgs, RopeScaling, Transformer
@@ -23,7 +23,7 @@ from llama.sampling import SamplingParams
 from llama.streaming import AnswerText, Piece, join_pieces, stop_strings
 from llama.templates import DialogFormat, choose_format
 from llama.tokenizer import ChatFormat, Dialog, IncrementalDecoder, Message, Tokenizer
-from llama.tokenizer_json import read_tokenizer_json
+from llama.tokenizer_json import open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,10 @@ class Llama:
         checkpoint = open_checkpoint(ckpt_dir, rope_scaling=rope_scaling)
         if adapter is not None:
             checkpoint = merge_adapter(checkpoint, adapter)
-        tokenizer = open_tokenizer(tokenizer_path or checkpoint.tokenizer_path, checkpoint)
+        found = tokenizer_path or checkpoint.tokenizer_path
+        if found is None:
+            raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
+        tokenizer = open_tokenizer(found, checkpoint.version)
         args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
         if tokenizer.n_words > args.vocab_size:
             raise ValueError(
@@ -470,15 +473,6 @@ class Llama:
             yield Piece(index, text, token, scores.get(at))
 
 
-def open_tokenizer(path: str | Path | None, checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer in a file of ranks or in a tokenizer.json, with the model's special tokens."""
-    if path is None:
-        raise FileNotFoundError(f"no tokenizer.model in {checkpoint.path}; give tokenizer_path")
-    if str(path).endswith(".json"):
-        return read_tokenizer_json(Path(path))
-    return Tokenizer(str(path), version="3.1" if checkpoint.args.rope_scaling else "3")
-
-
 def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -> ModelArgs:
     """`args` with the limits of a run; ValueError where they do not fit the model."""
     for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len)):
@@ -506,6 +500,5 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def chunk_rows(device: torch.device) -> int:
-    """Tokens of a step at most: enough to fill a GPU; few enough on a CPU that nobody waits
-    long."""
-    return 2048 if device.type == "cuda" else 512
+    """Tokens of a step at most: enough to fill a GPU; fewer on a CPU, where they take seconds."""
+    return 8192 if device.type == "cuda" else 2048

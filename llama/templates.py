@@ -49,6 +49,8 @@ _PROBES: tuple[Dialog, ...] = tuple(
 class DialogFormat(Protocol):
     """What turns dialogs into ids."""
 
+    tokenizer: Tokenizer
+
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]: ...
 
 
@@ -61,7 +63,7 @@ def choose_format(tokenizer: Tokenizer, template: str | None) -> DialogFormat:
         *tokenizer.special_tokens
     }
     if template is None:
-        return ChatFormat(tokenizer) if known else NoFormat()
+        return ChatFormat(tokenizer) if known else NoFormat(tokenizer)
     theirs = TemplateFormat(tokenizer, template)
     if not known:
         return theirs
@@ -78,6 +80,9 @@ def _same(ours: DialogFormat, theirs: DialogFormat, dialog: Dialog) -> bool:
 
 class NoFormat:
     """What stands where a model has no chat template and its tokenizer not Llama 3's turns."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
         raise ValueError("this model has no chat template; use text_completion")

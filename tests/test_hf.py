@@ -579,7 +579,7 @@ def test_convert_there_and_back(folders, capsys):
     assert "parameters" in capsys.readouterr().out
     for options, message in (
         (dict(format="onnx"), "format 'onnx': use one of meta, hf"),
-        (dict(format="hf", shards=2), "shards=2: files of format hf"),
+        (dict(format="hf", shards=2), "shards=2: only Meta's format"),
         (dict(format="hf", dtype="int3"), "dtype 'int3': use one of bf16"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -603,7 +603,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return block.view(torch.uint8)
 
-    for write, module in ((write_hf, "safetensors"), (write_meta, "torch_file")):
+    for write, module in ((write_hf, "safetensors"), (write_meta, "pth")):
         with monkeypatch.context() as patch:
             patch.setattr(f"llama.checkpoint.{module}.cast", fail)
             with pytest.raises(KeyboardInterrupt):

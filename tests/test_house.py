@@ -27,21 +27,32 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 
 # Rooms from the ground up. A room imports from lower floors only, or from itself.
 FLOORS = (
-    {"cache", "parallel", "sampling", "tokenizer", "llama2", "progress", "cli", "strict_json"},
-    {"model", "streaming", "tokenizer_json", "sandbox"},
+    {"cache", "parallel", "sampling", "tokenizer", "llama2", "progress", "cli", "terminal"}
+    | {"strict_json"},
+    {"model", "streaming", "verify", "tokenizer_json", "sandbox"},
     {"templates"},
+    {"conversation"},
     {"checkpoint"},
     {"quantization"},
     {"cuda"},
     {"engine"},
     {"generation"},
     {""},  # llama/__init__.py
+    {"chat", "perplexity"},
     {"__main__", "server", "demo"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ONLY = {"model": {"cache", "parallel"}, "streaming": {"tokenizer"}, "sandbox": set()}
-NO_TORCH = {"tokenizer", "llama2", "streaming", "progress", "cli", "strict_json",
-            "tokenizer_json", "sandbox", "templates"}  # fmt: skip
+ONLY = {
+    "model": {"cache", "parallel"},
+    "streaming": {"tokenizer"},
+    "conversation": {"tokenizer", "templates"},
+    "verify": {"progress"},
+    "sandbox": set(),
+}
+NO_TORCH = {
+    "tokenizer", "llama2", "streaming", "progress", "verify", "cli", "terminal", "conversation",
+    "strict_json", "tokenizer_json", "sandbox", "templates",
+}  # fmt: skip
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along
 PROGRAMS = ("llama.__main__", "llama.demo")  # what people run: may print

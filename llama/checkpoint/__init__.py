@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from llama.checkpoint.conversion import convert
 from llama.checkpoint.hf import open_hf
 from llama.checkpoint.hf_write import write_hf
 from llama.checkpoint.lora import Merged, merge_adapter
@@ -24,6 +25,7 @@ from llama.checkpoint.meta import open_meta, write_meta
 from llama.checkpoint.names import groups, local_shape, local_slice
 from llama.checkpoint.plan import Plan, check, check_memory, free_memory, make_plan
 from llama.checkpoint.random import random_checkpoint
+from llama.checkpoint.resharding import reshard
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part, mapped_parts
 from llama.checkpoint.staging import Stager
 from llama.model import RopeScaling, Transformer
@@ -37,12 +39,14 @@ __all__ = [
     "Plan",
     "check",
     "check_memory",
+    "convert",
     "free_memory",
     "load",
     "make_plan",
     "merge_adapter",
     "open_checkpoint",
     "random_checkpoint",
+    "reshard",
     "write_hf",
     "write_meta",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from llama.checkpoint.names import local_shape, local_slice, shapes
 from llama.model import ModelArgs
 from llama.parallel import Ranks
+from llama.tokenizer import Version
 
 _BLOCK = 2**26  # bytes of a block of rows
 
@@ -119,6 +120,11 @@ class Checkpoint:
     def parameters(self) -> int:
         """How many numbers the model has, a tied matrix counted once."""
         return sum(prod(s) for name, s in shapes(self.args).items() if name in self.tensors)
+
+    @property
+    def version(self) -> Version:
+        """Which names the special tokens of a file of ranks have, for the file does not say."""
+        return "3.1" if self.args.rope_scaling else "3"
 
     @property
     def family(self) -> str:
