@@ -15,7 +15,15 @@ import torch
 
 from llama import chat as talking
 from llama import cli
-from llama.checkpoint import Checkpoint, check, free_memory, make_plan, open_checkpoint
+from llama.checkpoint import (
+    Checkpoint,
+    check,
+    free_memory,
+    make_plan,
+    merge_adapter,
+    open_checkpoint,
+)
+from llama.checkpoint import convert as write_format
 from llama.checkpoint import reshard as write_shards
 from llama.checkpoint.source import mapped_parts
 from llama.generation import Llama, as_dtype, chunk_rows, with_limits
@@ -23,7 +31,7 @@ from llama.model import RopeScaling
 from llama.parallel import Ranks, local_device
 from llama.perplexity import check_window, default_window, score
 from llama.sampling import SamplingParams
-from llama.tokenizer import Tokenizer
+from llama.tokenizer_json import open_tokenizer
 from llama.verify import verify as find_problems
 
 DEMO = str(Path(__file__).parent / "demo")
@@ -39,7 +47,7 @@ def info(
     """Say what lies in a folder of weights, and what running it would take.
 
     Args:
-        ckpt_dir: folder with params.json and consolidated.NN.pth.
+        ckpt_dir: folder of weights, Meta's or Hugging Face's.
         max_batch_size: sequences that run at one time.
         max_seq_len: tokens of a sequence, prompt and answer; what Llama.build takes by default.
         dtype: float32, bfloat16 or float16; the checkpoint's own by default.
@@ -122,8 +130,8 @@ def chat(
     """Talk with a model in the terminal, or line by line through a pipe.
 
     Args:
-        ckpt_dir: folder with params.json and consolidated.NN.pth; the demo by default.
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        ckpt_dir: folder of weights, Meta's or Hugging Face's; the demo by default.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         max_seq_len: tokens of the conversation that the model sees; what Llama.build takes.
         max_gen_len: tokens of an answer at most; by default all that there is room for.
         temperature: 0 takes the most probable token, more is more varied.
@@ -164,8 +172,8 @@ def complete(
 
     Args:
         text: the beginning, as it is; without it and --file, standard input is read.
-        ckpt_dir: folder with params.json and consolidated.NN.pth; the demo by default.
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        ckpt_dir: folder of weights, Meta's or Hugging Face's; the demo by default.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         file: read the beginning from here. One line end at its end is left out, as on standard
             input.
         max_gen_len: new tokens at most; None: all that there is room for.
@@ -214,14 +222,14 @@ def tokenize(
 
     Args:
         text: as it is; without it, --file and --decode, standard input is read, to its last byte.
-        ckpt_dir: folder with tokenizer.model; the demo by default.
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        ckpt_dir: folder with tokenizer.model or tokenizer.json; the demo by default.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         file: read the text from here.
         bos: begin with the begin-of-text token.
         decode: ids, with blanks or commas between them, whose text is printed.
         json: print one JSON object.
     """
-    tokenizer = Tokenizer(tokenizer_path or _tokenizer_of(ckpt_dir))
+    tokenizer = open_tokenizer(tokenizer_path or _tokenizer_of(ckpt_dir))
     if decode is not None:
         if text is not None or file is not None:
             raise ValueError("give either a text or --decode")
@@ -256,9 +264,9 @@ def perplexity(
     """Say how well a model expects a text.
 
     Args:
-        ckpt_dir: folder with params.json and consolidated.NN.pth.
+        ckpt_dir: folder of weights, Meta's or Hugging Face's.
         text_file: the text, in UTF-8.
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         window: tokens that the model sees at one time, begin-of-text among them; by default 2048,
             or the model's context where that is shorter.
         stride: tokens by which the window moves on; by default half a window. Each token is
@@ -290,7 +298,7 @@ def reshard(src: str, dst: str, shards: int, dtype: str | None = None) -> None:
     """Write a model in another number of files, in Meta's format.
 
     Args:
-        src: folder with params.json and consolidated.NN.pth.
+        src: folder of weights, Meta's or Hugging Face's.
         dst: a new folder; nothing of that name stands there before everything is whole.
         shards: how many files.
         dtype: float32, bfloat16 or float16; the checkpoint's own by default.
@@ -299,6 +307,35 @@ def reshard(src: str, dst: str, shards: int, dtype: str | None = None) -> None:
     folder = write_shards(checkpoint, dst, shards=shards, dtype=as_dtype(dtype), show_progress=True)
     size = sum(file.stat().st_size for file in folder.glob("consolidated.*.pth"))
     print(f"{folder}: {shards} shard{'s' * (shards > 1)}, {size:,} bytes")
+
+
+def convert(
+    src: str,
+    dst: str,
+    format: str,
+    shards: int = 1,
+    dtype: str | None = None,
+    adapter: str | None = None,
+) -> None:
+    """Write a model, and its tokenizer, in another format.
+
+    Args:
+        src: folder of weights, Meta's files or Hugging Face's.
+        dst: a new folder.
+        format: meta (params.json and consolidated.NN.pth) or hf (Hugging Face's).
+        shards: how many files, in Meta's format.
+        dtype: bf16, f16 or f32; the checkpoint's own by default.
+        adapter: folder of a LoRA adapter, which is added to the weights.
+    """
+    kinds = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+    if dtype is not None and dtype not in kinds:
+        raise ValueError(f"dtype {dtype!r}: use one of {', '.join(kinds)}")
+    checkpoint = open_checkpoint(src)
+    if adapter is not None:
+        checkpoint = merge_adapter(checkpoint, adapter)
+    kind = kinds[dtype] if dtype else None
+    write_format(checkpoint, dst, format, shards=shards, dtype=kind, show_progress=True)
+    print(f"{dst}: {checkpoint.parameters:,} parameters, {_name(kind or checkpoint.dtype)}")
 
 
 def _positive(number: int | None, name: str) -> int | None:
@@ -323,9 +360,9 @@ def _ids(text: str) -> list[int]:
 
 
 def _tokenizer_of(ckpt_dir: str) -> str:
-    for folder in (Path(ckpt_dir), Path(ckpt_dir) / "original"):
-        if (folder / "tokenizer.model").is_file():
-            return str(folder / "tokenizer.model")
+    for name in ("tokenizer.model", "original/tokenizer.model", "tokenizer.json"):
+        if (Path(ckpt_dir) / name).is_file():
+            return str(Path(ckpt_dir) / name)
     raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
 
 
@@ -344,6 +381,7 @@ def verify(ckpt_dir: str = DEMO) -> None:
 COMMANDS: dict[str, cli.Command] = {
     "chat": chat,
     "complete": complete,
+    "convert": convert,
     "info": info,
     "perplexity": perplexity,
     "reshard": reshard,

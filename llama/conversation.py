@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.tokenizer import ChatFormat
+from llama.templates import DialogFormat
+from llama.tokenizer import ChatFormat, Message
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Turn:
 class Conversation:
     """A system prompt and turns. The first `forgotten` turns are kept, but no model sees them."""
 
-    def __init__(self, formatter: ChatFormat, system: str | None = None) -> None:
+    def __init__(self, formatter: DialogFormat, system: str | None = None) -> None:
         self.formatter = formatter
         self.turns: list[Turn] = []
         self.forgotten = 0
@@ -36,8 +37,12 @@ class Conversation:
     def set_system(self, text: str | None) -> None:
         self.system = text
         self._start = [self.formatter.tokenizer.bos_id]
-        if text is not None:
+        if text is None:
+            return
+        if isinstance(self.formatter, ChatFormat):
             self._start += self.formatter.encode_message({"role": "system", "content": text})
+        else:
+            self._start += self.formatter.tokenizer.encode(text, bos=False, eos=False)
 
     @property
     def system_tokens(self) -> int:
@@ -48,8 +53,11 @@ class Conversation:
         """A message of the user. It replaces one that was never answered."""
         if self.turns and self.turns[-1].answer is None:
             self.turns.pop()
-        message = self.formatter.encode_message({"role": "user", "content": text})
-        self.turns.append(Turn(text, message))
+        said = Message(role="user", content=text)
+        form = self.formatter
+        self.turns.append(
+            Turn(text, form.encode_message(said) if isinstance(form, ChatFormat) else [])
+        )
         self.forgotten = min(self.forgotten, len(self.turns) - 1)
 
     def reset(self) -> None:
@@ -62,13 +70,30 @@ class Conversation:
 
         `forgotten` turns are left out, by default as many as are.
         """
+        turns = self.turns[self.forgotten if forgotten is None else forgotten :]
+        if not isinstance(self.formatter, ChatFormat):
+            return self._rendered(turns)
         header = self.formatter.encode_header({"role": "assistant", "content": ""})
         ids = list(self._start)
-        for turn in self.turns[self.forgotten if forgotten is None else forgotten :]:
+        for turn in turns:
             ids += turn.message + header
             if turn.answer is not None:
                 ids += [*turn.answer, self.formatter.tokenizer.special_tokens["<|eot_id|>"]]
         return ids
+
+    def _rendered(self, turns: Sequence[Turn]) -> list[int]:
+        """The same by the template: the ids of the last answer as they are, earlier ones as text."""
+        if not turns:
+            return list(self._start)
+        dialog = [] if self.system is None else [Message(role="system", content=self.system)]
+        for turn in turns:
+            dialog.append(Message(role="user", content=turn.text))
+            if turn.answer is not None:
+                said = self.formatter.tokenizer.decode(turn.answer)
+                dialog.append(Message(role="assistant", content=said))
+        answered = turns[-1].answer
+        waiting = dialog if answered is None else dialog[:-1]
+        return self.formatter.encode_dialog_prompt(waiting) + (answered or [])
 
     def forget(self, length: int) -> int:
         """Forget the oldest turns, but never the last, until `length` ids hold the rest.

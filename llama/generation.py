@@ -7,21 +7,23 @@ ids.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 
-from llama.checkpoint import load, open_checkpoint
+from llama.checkpoint import load, merge_adapter, open_checkpoint
 from llama.checkpoint.plan import check_memory
 from llama.engine import Engine, Event, Request
 from llama.model import ModelArgs, RopeScaling, Transformer
 from llama.parallel import join, local_device
 from llama.sampling import SamplingParams
 from llama.streaming import AnswerText, Piece, join_pieces, stop_strings
+from llama.templates import DialogFormat, choose_format
 from llama.tokenizer import ChatFormat, Dialog, IncrementalDecoder, Message, Tokenizer
+from llama.tokenizer_json import open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +63,15 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         rope_scaling: float | RopeScaling | None = None,
+        adapter: str | Path | None = None,
     ) -> "Llama":
         """Read a checkpoint into a model that is ready to answer.
 
         Args:
             ckpt_dir: folder with Meta's consolidated.*.pth and params.json, in any number of
-            shards. tokenizer_path: anything blobfile opens; None: `tokenizer.model` in ckpt_dir.
+                shards, or with Hugging Face's config.json and model*.safetensors.
+            tokenizer_path: anything blobfile opens; None: `tokenizer.model` in ckpt_dir, else its
+                `tokenizer.json`.
             max_seq_len: tokens a sequence may have, prompt and answer; None: the model's context,
             at
                 most 8192 of it, since the cache is allocated in advance.
@@ -76,24 +81,26 @@ class Llama:
             device: "cuda", "cuda:1", "mps", "cpu"; None: the first of cuda, mps, cpu there is.
             dtype: of weights, activations and cache, such as "float32"; None: the checkpoint's.
             rope_scaling: factor (or RopeScaling) instead of the one that belongs to the model.
+            adapter: folder of a LoRA adapter (PEFT's files), added to the weights as they are read.
 
         Raises ValueError or FileNotFoundError, before anything is allocated, for files that do not
         make a model, limits that do not fit it, or memory that does not suffice.
         """
         where = local_device(device)
         checkpoint = open_checkpoint(ckpt_dir, rope_scaling=rope_scaling)
-        if tokenizer_path is None and checkpoint.tokenizer_path is None:
+        if adapter is not None:
+            checkpoint = merge_adapter(checkpoint, adapter)
+        found = tokenizer_path or checkpoint.tokenizer_path
+        if found is None:
             raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
-        tokenizer = Tokenizer(
-            str(tokenizer_path or checkpoint.tokenizer_path),
-            version="3.1" if checkpoint.args.rope_scaling else "3",
-        )
+        tokenizer = open_tokenizer(found, checkpoint.version)
         args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
         if tokenizer.n_words > args.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.n_words} tokens and the model {args.vocab_size}: "
                 "they belong to different models"
             )
+        formatter = choose_format(tokenizer, checkpoint.chat_template)
         checkpoint = replace(checkpoint, args=args)
         kind = as_dtype(dtype) or checkpoint.dtype
         ranks = join(model_parallel_size, where)
@@ -106,19 +113,34 @@ class Llama:
         except Exception as error:
             problem = error
         ranks.agree(problem, "loading the model")
-        return Llama(model, tokenizer, seed=seed)
+        return Llama(
+            model,
+            tokenizer,
+            seed=seed,
+            formatter=formatter,
+            stop_token_ids=checkpoint.stop_token_ids,
+        )
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        seed: int = 1,
+        formatter: DialogFormat | None = None,
+        stop_token_ids: Collection[int] = (),
+    ) -> None:
+        """`formatter` None: Llama 3's; `stop_token_ids` are added to the tokenizer's own."""
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = ChatFormat(tokenizer)
+        self.formatter = formatter or ChatFormat(tokenizer)
         self.is_main = model.ranks.is_main
         args = model.params
         self.engine = Engine(
             model,
             max_batch_size=args.max_batch_size,
             max_seq_len=args.max_seq_len,
-            stop_token_ids=tokenizer.stop_tokens,
+            stop_token_ids=tokenizer.stop_tokens | set(stop_token_ids),
             seed=seed,
             chunk=chunk_rows(model.norm.weight.device),
         )

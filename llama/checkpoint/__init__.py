@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama.checkpoint.conversion import convert
+from llama.checkpoint.hf import open_hf
+from llama.checkpoint.hf_write import write_hf
+from llama.checkpoint.lora import Merged, merge_adapter
 from llama.checkpoint.meta import open_meta, write_meta
 from llama.checkpoint.names import groups, local_shape, local_slice
 from llama.checkpoint.plan import Plan, check, check_memory, free_memory, make_plan
@@ -34,12 +38,15 @@ __all__ = [
     "Plan",
     "check",
     "check_memory",
+    "convert",
     "free_memory",
     "load",
     "make_plan",
+    "merge_adapter",
     "open_checkpoint",
     "random_checkpoint",
     "reshard",
+    "write_hf",
     "write_meta",
 ]
 
@@ -57,12 +64,8 @@ def open_checkpoint(
     Raises FileNotFoundError or ValueError in one sentence where the folder is not what it should
     be.
     """
-    path = _find_folder(Path(ckpt_dir))
-    return open_meta(path, {} if rope_scaling is None else _rope_override(rope_scaling))
-
-
-def _find_folder(path: Path) -> Path:
-    """The folder that holds params.json and shards, or an error that says what is there instead."""
+    path = Path(ckpt_dir)
+    overrides = {} if rope_scaling is None else _rope_override(rope_scaling)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such folder")
     if path.is_file():
@@ -71,23 +74,40 @@ def _find_folder(path: Path) -> Path:
             f"{path} is a file, and the folder that holds params.json and consolidated.NN.pth is "
             f"needed{gguf if path.suffix == '.gguf' else ''}"
         )
+    meta = _find_meta(path)
+    if meta is not None:
+        return open_meta(meta, overrides)
+    return open_hf(_check_hf(path), overrides)
+
+
+def _find_meta(path: Path) -> Path | None:
+    """The folder that holds params.json and shards; None where there is neither."""
     for folder in (path, path / "original"):
         has_params = (folder / "params.json").exists()
         has_shards = any(folder.glob("consolidated.*.pth"))
         if has_params and has_shards:
             return folder
-        if has_params or has_shards:
+        if (has_params or has_shards) and not (path / "config.json").exists():
             lacks = "consolidated.00.pth" if has_params else "params.json"
             raise FileNotFoundError(f"{folder / lacks} is missing; it belongs beside the others")
-    for pattern, format_name in (("*.gguf", "GGUF"), ("*.safetensors", "Hugging Face's format"),
-                                 ("config.json", "Hugging Face's format")):  # fmt: skip
-        if any(path.glob(pattern)):
-            raise ValueError(
-                f"{path}: {format_name} is not read yet by this version; Meta's files are "
-                "(params.json and consolidated.NN.pth)"
-            )
+    return None
+
+
+def _check_hf(path: Path) -> Path:
+    """A folder that holds config.json, or an error that says what is there instead."""
+    if (path / "config.json").exists():
+        return path
+    if (path / "adapter_config.json").exists():
+        raise ValueError(f"{path}: is an adapter; give it as adapter= to the model that it is for")
+    if any(path.glob("*.gguf")):
+        raise ValueError(
+            f"{path}: GGUF is not read yet by this version; Meta's files (params.json and "
+            "consolidated.NN.pth) and Hugging Face's are"
+        )
+    if any(path.glob("*.safetensors")):
+        raise FileNotFoundError(f"{path / 'config.json'} is missing; it belongs beside the weights")
     raise FileNotFoundError(
-        f"{path}: neither params.json nor consolidated.00.pth is in this folder"
+        f"{path}: neither params.json nor consolidated.00.pth is in this folder, nor config.json"
     )
 
 
@@ -151,7 +171,8 @@ def _wanted_dtype(
     wanted = checkpoint.dtype if dtype is None else dtype
     if not (isinstance(wanted, torch.dtype) and wanted.is_floating_point and wanted.itemsize > 1):
         raise ValueError(f"dtype={dtype!r}: use torch.bfloat16, torch.float16 or torch.float32")
-    others = sorted({str(t.dtype) for t in checkpoint.tensors.values()} - {str(checkpoint.dtype)})
+    stored = [t for t in checkpoint.tensors.values() if not isinstance(t, Merged)]
+    others = sorted({str(t.dtype) for t in stored} - {str(checkpoint.dtype)})
     if dtype is None and others:
         logger.warning(
             "some tensors are stored as %s and loaded as %s, like the rest",

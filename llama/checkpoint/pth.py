@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
+from llama.checkpoint.source import cast
+
 _ALIGNMENT = 64
 _HEADER = 30  # bytes of a local header without name and extra fields
 _ZIP64 = 20  # bytes of the extra field with 64-bit sizes, which every tensor gets
@@ -90,25 +92,27 @@ def write_pth(
         for name, entry in entries.items():
             tensor = entry.read()
             assert tensor.shape == entry.shape, (name, tensor.shape, entry.shape)
-            _write(archive, f"archive/data/{storages[name].key}", tensor, entry.dtype, advance)
+            place = f"archive/data/{storages[name].key}"
+            _write(archive, place, name, tensor, entry.dtype, advance)
         archive.writestr("archive/version", "3\n")
 
 
 def _write(
     archive: zipfile.ZipFile,
+    place: str,
     name: str,
     tensor: Tensor,
     dtype: torch.dtype,
     advance: Callable[[int], object],
 ) -> None:
-    info = zipfile.ZipInfo(name)
+    info = zipfile.ZipInfo(place)
     assert archive.fp is not None
-    before = archive.fp.tell() + _HEADER + len(name) + _ZIP64 + 4  # 4: the filler's own header
+    before = archive.fp.tell() + _HEADER + len(place) + _ZIP64 + 4  # 4: the filler's own header
     filler = -before % _ALIGNMENT
     info.extra = b"FB" + filler.to_bytes(2, "little") + bytes(filler)
     rows = max(1, _BLOCK // (tensor[:1].numel() or 1))
     with archive.open(info, "w", force_zip64=True) as stream:
         for block in torch.split(tensor, rows):
-            numbers = block.to("cpu", dtype).contiguous().flatten().view(torch.uint8)
+            numbers = cast(name, block, dtype)
             stream.write(numbers.numpy().data)
             advance(numbers.nbytes)

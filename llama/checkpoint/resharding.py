@@ -1,4 +1,4 @@
-"""A checkpoint into another number of files: Meta's format in, Meta's format out.
+"""A checkpoint into another number of files: any format in, Meta's format out.
 
 Ties reading and writing together, with the tokenizer and checksums beside the weights; knows no
 tensor. The surprising thing: everything is made in a folder DST.part, which gets its name when all
@@ -15,6 +15,7 @@ import torch
 from llama.checkpoint.meta import check_shards, write_meta
 from llama.checkpoint.source import Checkpoint
 from llama.progress import progress
+from llama.tokenizer_json import open_tokenizer, ranks_file
 
 _BLOCK = 2**22
 
@@ -33,6 +34,9 @@ def reshard(
     that cannot be done, before anything is written where that can be known.
     """
     check_shards(checkpoint.args, shards)
+    path, ranks = checkpoint.tokenizer_path, None
+    if path is not None:
+        ranks = ranks_file(open_tokenizer(path)) if path.suffix == ".json" else path.read_bytes()
     dst = Path(dst)
     part = dst.with_name(dst.name + ".part")
     _check_target(dst, part)
@@ -48,8 +52,8 @@ def reshard(
     try:
         with progress("writing", size, unit="B", enabled=show_progress) as advance:
             write_meta(checkpoint, part, shards=shards, dtype=wanted, advance=advance)
-        if checkpoint.tokenizer_path is not None:
-            shutil.copyfile(checkpoint.tokenizer_path, part / "tokenizer.model")
+        if ranks is not None:
+            (part / "tokenizer.model").write_bytes(ranks)
         with progress("checksums", size, unit="B", enabled=show_progress) as advance:
             _write_checklist(part, advance)
         part.rename(dst)

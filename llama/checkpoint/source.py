@@ -18,6 +18,9 @@ from torch import Tensor
 from llama.checkpoint.names import local_shape, local_slice, shapes
 from llama.model import ModelArgs
 from llama.parallel import Ranks
+from llama.tokenizer import Version
+
+_BLOCK = 2**26  # bytes of a block of rows
 
 
 class Part(NamedTuple):
@@ -62,6 +65,27 @@ class LazyTensor(ABC):
         return out
 
 
+def rows_of(
+    source: LazyTensor, dim: int = 0, start: int = 0, stop: int | None = None
+) -> Iterator[Tensor]:
+    """The range start..stop of dimension `dim`, from its first row to its last, in small blocks."""
+    shape = source.range_shape(dim, start, stop)
+    first = start if dim == 0 else 0
+    step = max(1, _BLOCK // (prod(source.shape[1:]) * source.dtype.itemsize or 1))
+    for low in range(first, first + shape[0], step):
+        block = source.read(0, low, min(low + step, first + shape[0]))
+        yield block if dim == 0 else block.narrow(dim, start, shape[dim])
+
+
+def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes of `block` in `dtype`, on the CPU; ValueError where a number is too large for it."""
+    wanted = block.to("cpu", dtype).contiguous()
+    narrows = dtype == torch.float16 and block.dtype != dtype
+    if narrows and not torch.equal(wanted.isfinite(), block.to("cpu").isfinite()):
+        raise ValueError(f"{name} has numbers above 65504, which float16 cannot say: use another")
+    return wanted.view(torch.uint8)
+
+
 # (dim, n_layers) of the released models with Llama 3's vocabulary, without and with scaled rotary
 _FAMILIES = {
     (4096, 32): ("Llama 3 8B", "Llama 3.1 8B"),
@@ -79,6 +103,7 @@ class Checkpoint:
     `tensors` holds every name of `names.shapes`, except output.weight where args.tied. `skipped`
     says of each tensor in the files that is not among them why. `path` is the folder that was
     opened, None for random weights; `shards` the number of files; `dtype` that of the weights.
+    `stop_token_ids` and `chat_template` (in jinja) are what the files say beside the tokenizer's.
     """
 
     args: ModelArgs
@@ -88,11 +113,18 @@ class Checkpoint:
     shards: int = 1
     skipped: Mapping[str, str] = field(default_factory=dict)
     tokenizer_path: Path | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    chat_template: str | None = field(default=None, repr=False)
 
     @property
     def parameters(self) -> int:
         """How many numbers the model has, a tied matrix counted once."""
         return sum(prod(s) for name, s in shapes(self.args).items() if name in self.tensors)
+
+    @property
+    def version(self) -> Version:
+        """Which names the special tokens of a file of ranks have, for the file does not say."""
+        return "3.1" if self.args.rope_scaling else "3"
 
     @property
     def family(self) -> str:
