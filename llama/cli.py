@@ -20,9 +20,10 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
     """Call a function, or the one of several that is named first, with the arguments of the shell.
 
     Parameters annotated `str` or `str | None` get their argument as it was typed. ValueError and
-    OSError, which is how this library says that something given does not work, end the process
-    with their sentence on stderr and status 1; a command line that does not fit, with fire's usage
-    and status 2. `name` is what the usage calls this program; None: the file's name.
+    OSError, which is how this library says that something given does not work, and ImportError,
+    which names an extra that is not installed, end the process with their sentence on stderr and
+    status 1; a command line that does not fit, with fire's usage and status 2. `name` is what the
+    usage calls this program; None: the file's name.
     """
     chosen: list[Callable[[], None]] = []
 
@@ -46,7 +47,7 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
             fire.Fire(choosing(commands), name=name)
         for call in chosen:
             call()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
 
 

@@ -26,8 +26,9 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 
 # Rooms from the ground up. A room imports from lower floors only, or from itself.
 FLOORS = (
-    {"cache", "parallel", "sampling", "tokenizer", "llama2", "progress", "cli"},
-    {"model", "streaming"},
+    {"cache", "parallel", "sampling", "ranks", "progress", "cli"},
+    {"model", "tokenizer"},
+    {"streaming", "llama2"},
     {"checkpoint"},
     {"quantization"},
     {"cuda"},
@@ -38,7 +39,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {"model": {"cache", "parallel"}, "streaming": {"tokenizer"}}
-NO_TORCH = {"tokenizer", "llama2", "streaming", "progress", "cli"}
+NO_TORCH = {"ranks", "tokenizer", "llama2", "streaming", "progress", "cli"}
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along
 PROGRAMS = ("llama.__main__", "llama.demo")  # what people run: may print

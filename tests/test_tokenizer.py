@@ -497,6 +497,20 @@ def test_names_that_are_no_special_tokens_are_refused(small):
         small.encode("x", disallowed_special="<|eot_id|>", **options)
 
 
+def test_what_a_tool_answers_has_a_role_from_3_1_on(tmp_path):
+    path = write_ranks(tmp_path / "small.model", small_tokens())
+    new, old = ChatFormat(Tokenizer(path, version="3.1")), ChatFormat(Tokenizer(path))
+    dialog = [{"role": "user", "content": "x"}, {"role": "ipython", "content": "42"}]
+    prompt = new.encode_dialog_prompt(dialog)
+    assert "<|start_header_id|>ipython<|end_header_id|>\n\n42<|eot_id|>" in new.tokenizer.decode(
+        prompt
+    )
+    assert new.encode_dialog_prompt([dialog[0], {"role": "tool", "content": "42"}]) == prompt
+    for role in ("ipython", "tool"):
+        with pytest.raises(ValueError, match=f"message 1 .*'{role}'.* system, user, assistant$"):
+            old.encode_dialog_prompt([dialog[0], {"role": role, "content": "42"}])
+
+
 BYTES = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.names import local_shape, local_slice, shapes
+from llama.checkpoint.params import SENTENCEPIECE
 from llama.model import ModelArgs
 from llama.parallel import Ranks
 
@@ -62,6 +63,17 @@ class LazyTensor(ABC):
         return out
 
 
+# (dim, n_layers, whether each query head has its own keys) of those with SentencePiece's
+_OLD_SIZES = {
+    (4096, 32, True): "7B",
+    (5120, 40, True): "13B",
+    (6656, 60, True): "33B",
+    (8192, 48, False): "34B",
+    (8192, 80, True): "65B",
+    (8192, 80, False): "70B",
+}
+_OLD_FAMILIES = {2048: "Llama 1", 4096: "Llama 2", 16384: "Code Llama"}  # by context
+
 # (dim, n_layers) of the released models with Llama 3's vocabulary, without and with scaled rotary
 _FAMILIES = {
     (4096, 32): ("Llama 3 8B", "Llama 3.1 8B"),
@@ -97,11 +109,16 @@ class Checkpoint:
     @property
     def family(self) -> str:
         """The released model that has this shape, a guess for people to read."""
-        plain, scaled = _FAMILIES.get((self.args.dim, self.args.n_layers), (None, None))
-        name = scaled if self.args.rope_scaling else plain
-        if name is None or self.args.vocab_size != 128256:
-            return "a Llama of its own shape"
-        return name
+        args = self.args
+        plain, scaled = _FAMILIES.get((args.dim, args.n_layers), (None, None))
+        name = scaled if args.rope_scaling else plain
+        if args.vocab_size in SENTENCEPIECE:
+            size = _OLD_SIZES.get((args.dim, args.n_layers, args.n_kv_heads == args.n_heads))
+            family = _OLD_FAMILIES.get(args.context_length)
+            name = f"{family} {size}" if family and size else None
+        elif args.vocab_size != 128256:
+            name = None
+        return name or "a Llama of its own shape"
 
 
 def mapped_parts(
