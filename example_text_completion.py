@@ -41,8 +41,7 @@ def main(
     results = llama.text_completion(PROMPTS, temperature, top_p, max_gen_len)
     if llama.is_main:
         for prompt, result in zip(PROMPTS, results, strict=True):
-            print(prompt)
-            print(f"> {result['generation']}\n")
+            print(f"{prompt.strip()}\n> {result['generation'].strip()}\n")
 
 
 if __name__ == "__main__":

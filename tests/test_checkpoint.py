@@ -233,9 +233,9 @@ def test_an_absent_output_needs_params_that_say_tied(tmp_path):
 # --- memory
 
 
-def mapped_ranges() -> list[tuple[int, int]]:
+def mapped_ranges(path: Path) -> list[tuple[int, int]]:
     lines = Path("/proc/self/maps").read_text().splitlines()
-    ends = [line.split()[0].split("-") for line in lines if "consolidated" in line]
+    ends = [line.split()[0].split("-") for line in lines if str(path) in line]
     return [(int(low, 16), int(high, 16)) for low, high in ends]
 
 
@@ -247,7 +247,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /
 def test_on_a_cpu_parameters_are_the_mapped_file(tmp_path, size):
     write(tmp_path, shards=size)
     model = loaded(tmp_path, size - 1, size)
-    ranges = mapped_ranges()
+    ranges = mapped_ranges(tmp_path)
     for name, p in model.named_parameters():
         address = p.data_ptr()
         assert any(low <= address and address + p.nbytes <= high for low, high in ranges), name
@@ -269,10 +269,11 @@ def test_without_aliasing_fused_weights_are_views_of_one_storage(tmp_path):
         for linear in fused:
             assert linear.weight.data_ptr() == address
             address += linear.weight.nbytes
-    assert not mapped_ranges() or all(
-        not low <= p.data_ptr() < high
-        for low, high in mapped_ranges()
-        for p in layer.attention.parameters()
+    assert not any(
+        low <= p.data_ptr() < high
+        for low, high in mapped_ranges(tmp_path)
+        for p in layer.parameters()
+        if p.dim() > 1
     )
 
 
@@ -299,7 +300,7 @@ class Watch(threading.Thread):
 
 for dtype, rank, size in (torch.bfloat16, 0, 1), (torch.float32, 0, 1), (torch.bfloat16, 1, 2):
     torch.ones(1).to(dtype)
-    start, watch = anonymous(), Watch()
+    start, watch = anonymous(), Watch(daemon=True)
     watch.start()
     checkpoint = open_checkpoint(sys.argv[1])
     model = load(checkpoint, ranks=Ranks(rank=rank, size=size), device="cpu", dtype=dtype)
@@ -307,14 +308,15 @@ for dtype, rank, size in (torch.bfloat16, 0, 1), (torch.float32, 0, 1), (torch.b
     held = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
     print(str(dtype), rank, size, held, watch.peak - start)
     del model, checkpoint
+assert "torch._dynamo" not in sys.modules, "a second and 67 MB for nothing"
 """
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """212 MiB in two shards, almost half of it in one tensor."""
+    """308 MiB in two shards, a third of it in the tensor that is placed last."""
     path = tmp_path_factory.mktemp("large")
-    args = ModelArgs(dim=1024, n_layers=4, n_heads=16, n_kv_heads=4, vocab_size=49152, tied=True,
+    args = ModelArgs(dim=1024, n_layers=4, n_heads=16, n_kv_heads=4, vocab_size=49152,
                      hidden_dim=4096)  # fmt: skip
     zeros = random_checkpoint(args)
     for name, source in zeros.tensors.items():
@@ -752,8 +754,8 @@ def test_a_shard_cut_short_is_refused_and_leaves_nothing_open(tmp_path, keep):
     del caught
     if Path("/proc/self/fd").exists():
         held = [os.readlink(f) for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]
-        assert not [f for f in held if "consolidated" in f]
-        assert not mapped_ranges()
+        assert not [f for f in held if str(tmp_path) in f]
+        assert not mapped_ranges(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["<!DOCTYPE html>", "\n <?xml version='1.0'?><Error>"])

@@ -1,4 +1,4 @@
-"""Both examples: the same text however they are started, and one sentence where they cannot run."""
+"""Both examples and the README's Python: the same text however started, one sentence on errors."""
 
 import re
 import runpy
@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = ("example_chat_completion.py", "example_text_completion.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 STARTS = {"python": (), "one rank": (*TORCHRUN, "1"), "two ranks": (*TORCHRUN, "2")}
@@ -31,10 +32,14 @@ def runs():
         return dict(zip(keys, pool.map(lambda key: start(*key), keys), strict=True))
 
 
+def test_the_readme_shows_what_the_first_command_prints(runs):
+    shown = README.split("```text\n")[1].split("```")[0]
+    assert runs[EXAMPLES[0], "one rank"].stdout.strip() == shown.strip()
+
+
 def test_the_python_of_the_readme_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
     assert len(blocks) > 8
     names = {}
     for block in blocks:
@@ -49,6 +54,7 @@ def test_the_text_is_the_same_with_python_torchrun_and_two_ranks(runs, script):
         done = runs[script, way]
         assert done.returncode == 0, (way, done.stderr)
         texts[way] = done.stdout
+    assert runs[script, "python"].stderr == ""
     assert texts["python"] == texts["one rank"] == texts["two ranks"]
 
 
@@ -66,8 +72,8 @@ def test_the_chat_is_printed_as_a_dialogue(runs):
 
 def test_the_texts_are_printed_with_their_continuations(runs):
     said = runs[EXAMPLES[1], "python"].stdout
-    assert re.search(r"^The capital of Italy is\n>  Rome", said, re.M)
-    assert re.search(r"^Monday, Tuesday, Wednesday,\n>  Thursday", said, re.M)
+    assert re.search(r"^The capital of Italy is\n> Rome", said, re.M)
+    assert re.search(r"^Monday, Tuesday, Wednesday,\n> Thursday", said, re.M)
 
 
 @pytest.fixture

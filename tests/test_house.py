@@ -1,6 +1,7 @@
 """Laws of the house: who imports whom, what stays as it was, and that every option matters."""
 
 import ast
+import hashlib
 import inspect
 import re
 import subprocess
@@ -202,6 +203,12 @@ def test_the_messages_of_the_readme_are_those_of_the_code():
         assert any(re.search(pattern, text) for text in spoken), message
 
 
+def test_the_numbers_of_the_readme_are_of_the_weights_in_the_box():
+    """Other weights: run the evaluation again, and put its table and this sum into the README."""
+    weights = (ROOT / "llama" / "demo" / "consolidated.00.pth").read_bytes()
+    assert f"`{hashlib.sha256(weights).hexdigest()}`" in README
+
+
 # ---- nothing global changes
 
 
@@ -236,6 +243,7 @@ def unchanged(before, what):
     changed = [name for name in before if before[name] != after[name]]
     assert not changed, (what, [(before[n], after[n]) for n in changed])
 
+torch.set_num_threads(3)
 before = state()
 from llama import Llama
 unchanged(before, "import")

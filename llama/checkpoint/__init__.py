@@ -5,6 +5,7 @@ and nothing about how they are used. The surprising thing: on a CPU, tensors tha
 just as they are wanted are not copied at all; the parameters are the mapped file.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -21,6 +22,7 @@ from llama.checkpoint.names import groups, local_shape, local_slice
 from llama.checkpoint.plan import Plan, check, check_memory, free_memory, make_plan
 from llama.checkpoint.random import random_checkpoint
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part, mapped_parts
+from llama.checkpoint.staging import Stager
 from llama.model import RopeScaling, Transformer
 from llama.parallel import Ranks
 from llama.progress import progress
@@ -121,12 +123,15 @@ def load(
     names = {name for name, _ in model.named_parameters()}
     assert names == set(checkpoint.tensors), names ^ set(checkpoint.tensors)
     total = sum(p.numel() for p in model.parameters()) * wanted.itemsize
-    with progress("loading weights", total, unit="B", enabled=show_progress) as advance:
+    with (
+        progress("loading weights", total, unit="B", enabled=show_progress) as advance,
+        Stager(advance) if device.type == "cuda" else _Copier(advance) as copier,
+    ):
         for group in groups(checkpoint.args):
             held = [name for name in group if name in checkpoint.tensors]  # tied: no output
             if not held:
                 continue
-            placed = _place(checkpoint, held, ranks, device, wanted, advance)
+            placed = _place(checkpoint, held, ranks, device, wanted, copier)
             for name, tensor in zip(held, placed, strict=True):
                 module = model.get_submodule(name.removesuffix(".weight"))
                 module.weight = nn.Parameter(tensor, requires_grad=False)
@@ -151,9 +156,10 @@ class _NoInit(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        if func.__module__ == nn.init.__name__:
-            return {**(kwargs or {})}.get("tensor", *args[:1])
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if func in (nn.init.normal_, nn.init.kaiming_uniform_):
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
 
 
 def _wanted_dtype(
@@ -188,12 +194,12 @@ def _place(
     ranks: Ranks,
     device: torch.device,
     dtype: torch.dtype,
-    advance: Callable[[int], object],
+    copier: "Stager | _Copier",
 ) -> list[Tensor]:
     """This rank's parts of tensors that belong together: mapped, or views of one new storage."""
     views = mapped_parts(checkpoint, names, ranks, device, dtype)
     if views is not None:
-        advance(sum(view.nbytes for view in views))
+        copier.advance(sum(view.nbytes for view in views))
         return views
     sizes = [local_shape(name, checkpoint.args, ranks.size) for name in names]
     rows = [size[0] for size in sizes]
@@ -206,13 +212,19 @@ def _place(
             target.narrow(dim, stop - start, target.shape[dim] - (stop - start)).zero_()
         for part in checkpoint.tensors[name].parts(*(cut or ())):
             length = part.tensor.shape[part.dim]
-            _copy(target.narrow(part.dim, part.offset, length), part.tensor, advance)
+            copier.copy(target.narrow(part.dim, part.offset, length), part.tensor)
     return targets
 
 
-def _copy(target: Tensor, source: Tensor, advance: Callable[[int], object]) -> None:
-    """Copy block by block: a cast between devices holds a copy of what it casts."""
-    rows = max(1, _BLOCK // (target[:1].nbytes or 1))
-    for there, here in zip(torch.split(target, rows), torch.split(source, rows), strict=True):
-        there.copy_(here)
-        advance(there.nbytes)
+class _Copier(contextlib.nullcontext["_Copier"]):
+    """Copies block by block: a cast between devices holds a copy of what it casts."""
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        super().__init__(self)
+        self.advance = advance
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        rows = max(1, _BLOCK // (target[:1].nbytes or 1))
+        for there, here in zip(torch.split(target, rows), torch.split(source, rows), strict=True):
+            there.copy_(here)
+            self.advance(there.nbytes)

@@ -18,20 +18,28 @@ THREADS = 8
 
 
 class Stager:
-    """A context in which `copy` returns at once; leaving it waits for all copies."""
+    """A context in which `copy` returns at once; leaving it waits for all copies.
 
-    def __init__(self) -> None:
+    `advance` is told the bytes of each block when it has arrived.
+    """
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        self.advance = advance
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="llama-load")
         self._own = threading.local()
         self._jobs: list[Future[None]] = []
 
-    def copy(self, target: Tensor, source: Tensor, advance: Callable[[int], object]) -> None:
-        """Copy `source` (CPU) to `target` (GPU), of the same shape; dtypes may differ."""
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy `source` to `target` (on a GPU), of the same shape; dtypes may differ."""
+        if source.device.type != "cpu":
+            target.copy_(source)
+            self.advance(target.nbytes)
+            return
         rows = max(1, BLOCK // (source[:1].nbytes or 1))
         for pair in zip(torch.split(target, rows), torch.split(source, rows), strict=True):
-            self._jobs.append(self._pool.submit(self._send, *pair, advance))
+            self._jobs.append(self._pool.submit(self._send, *pair))
 
-    def _send(self, target: Tensor, source: Tensor, advance: Callable[[int], object]) -> None:
+    def _send(self, target: Tensor, source: Tensor) -> None:
         own = self._own
         if getattr(own, "block", torch.empty(0)).nbytes < source.nbytes:
             size = max(BLOCK, source.nbytes)
@@ -44,7 +52,7 @@ class Stager:
             direct = target.is_contiguous() and target.dtype == source.dtype
             target.copy_(block if direct else block.to(target.device, non_blocking=True), True)
         own.stream.synchronize()
-        advance(target.nbytes)
+        self.advance(target.nbytes)
 
     def __enter__(self) -> "Stager":
         return self

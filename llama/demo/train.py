@@ -26,6 +26,7 @@ from llama.cache import Batch
 from llama.demo.batches import Maker, Rows, stream
 from llama.demo.tokenizer_training import train_tokenizer
 from llama.model import ModelArgs, Transformer
+from llama.parallel import local_device
 from llama.progress import progress
 from llama.tokenizer import Tokenizer
 
@@ -36,7 +37,7 @@ PARAMS = {
     "ffn_dim_multiplier": 1.0, "norm_eps": 1e-5, "rope_theta": 500000.0, "context_length": 2048,
 }  # fmt: skip
 FILES = ("consolidated.00.pth", "params.json", "tokenizer.model")
-WARMUP, PEAK, FLOOR, DECAY, CLIP = 300, 3e-3, 1e-5, 0.05, 1.0
+WARMUP, PEAK, FLOOR, DECAY, CLIP = 300, 2e-3, 1e-5, 0.05, 1.0
 
 
 class _Loss(nn.Module):
@@ -100,7 +101,8 @@ def fit(
     peak: float,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train for `steps` batches: the weights in bfloat16, by name, and the loss of each step."""
-    model = Transformer(args)
+    with torch.random.fork_rng(devices=[]):  # layers are made with random values of their own
+        model = Transformer(args)
     initialise(model, seed)
     loss_of = _Loss(model.to(device))
     masters = dict(loss_of.named_parameters())
@@ -144,26 +146,27 @@ def write_checkpoint(weights: dict[str, Tensor], args: ModelArgs, out: Path) -> 
 
 def main(
     out: str,
-    steps: int = 6000,
+    steps: int = 5000,
     tokens: int = 65536,
     device: str | None = None,
     seed: int = 0,
-    processes: int = 0,
+    processes: int | None = None,
     peak: float = PEAK,
     tokenizer_documents: int = TOKENIZER_DOCUMENTS,
 ) -> None:
     """Make the demo in the folder `out`: `steps` batches of about `tokens` tokens each.
 
-    device: a name of torch's, by default cuda where there is one; processes: how many make batches
-    beside this one (the result does not depend on it).
+    device: a name of torch's, by default the best there is; processes: how many make batches
+    beside this one, by default one fewer than there are cores (the result does not depend on it).
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = local_device(device)
     tokenizer_path = folder / FILES[2]
     train_tokenizer(tokenizer_path, RANKS, tokenizer_documents)
     args = ModelArgs(**PARAMS, vocab_size=Tokenizer(tokenizer_path).n_words)  # type: ignore[arg-type]
-    batches = stream(Maker(tokenizer_path, seed, tokens), steps, processes)
+    helpers = (os.cpu_count() or 1) - 1 if processes is None else processes
+    batches = stream(Maker(tokenizer_path, seed, tokens), steps, helpers)
     weights, losses = fit(args, batches, steps, where, seed, peak)
     write_checkpoint(weights, args, folder)
     digest = hashlib.sha256((folder / FILES[0]).read_bytes()).hexdigest()

@@ -1,0 +1,10 @@
+"""A real tiny model in the box: the text it learns, how it is trained, and how it is judged.
+
+The files of the model lie in this folder, as a release of Meta's would: `Llama.build` takes the
+folder as its checkpoint. `python -m llama.demo.train` makes them from nothing and
+`python -m llama.demo.evaluate` examines them. The surprising thing: nothing in it comes from
+elsewhere; every sentence it has read is drawn from the grammars beside this file.
+"""
+
+# of consolidated.00.pth, as shipped
+SHA256 = "a40c1f890724fd47017289070a88f2c4c93bc4bfa3cbb59e0de52d125fc2311d"
