@@ -58,7 +58,7 @@ _NAMED_SPECIAL_TOKENS: dict[Version, dict[int, str]] = {
         10: "<|python_tag|>",
     },
 }
-_STOP_OFFSETS = (1, 8, 9)  # end_of_text, eom, eot: by place, since Llama 3 has no name for eom
+_STOP_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 # The BPE of one piece is superlinear in its length, and the pattern backtracks over runs of spaces.
 # The cuts are part of the encoding (ids differ without them): they are those of Meta's code.
@@ -113,7 +113,9 @@ class Tokenizer:
     ids, bos_id, eos_id and stop_tokens do not depend on it, for the file is the same.
     """
 
+    ranks: dict[bytes, int]
     special_tokens: dict[str, int]
+    version: Version
     num_reserved_special_tokens = 256
     pat_str = _PATTERN
 
@@ -128,19 +130,68 @@ class Tokenizer:
             raise ValueError(f"unknown tokenizer version {version!r}: use one of {known}")
         path = os.fspath(model_path)
         ranks = parse_ranks(read_bytes(path), path)
-        self.version: Version = version
-        self.special_tokens = _special_tokens(len(ranks), self.num_reserved_special_tokens, version)
+        special = llama3_special_tokens(len(ranks), version)
+        self._set_up(ranks, special, os.path.basename(path), version)
+
+    @classmethod
+    def from_ranks(
+        cls,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        *,
+        name: str = "ranks",
+        bos: str = "<|begin_of_text|>",
+        eos: str = "<|end_of_text|>",
+        stop_tokens: Collection[int] | None = None,
+    ) -> "Tokenizer":
+        """A tokenizer of ranks and special tokens that lie in another file than Meta's, `name`.
+
+        `bos` and `eos` are names among `special_tokens`; `stop_tokens` None: those of Llama 3 that
+        are there. A rank is a token's id. Raises ValueError where ids are used twice or left out,
+        where a single byte has no rank, or a name is missing.
+        """
+        ids = [*ranks.values(), *special_tokens.values()]
+        if sorted(ids) != list(range(len(ids))):
+            raise ValueError(
+                f"{name}: its {len(ids)} tokens do not have the ids 0 to {len(ids) - 1}"
+            )
+        lacking = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
+        if lacking is not None:
+            raise ValueError(f"{name}: no token is the single byte 0x{lacking:02x}")
+        for word in (bos, eos):
+            if word not in special_tokens:
+                raise ValueError(f"{name}: {word!r:.60} is none of its special tokens")
+        self = cls.__new__(cls)
+        version: Version = "3.1" if "<|eom_id|>" in special_tokens else "3"
+        self._set_up(dict(ranks), dict(special_tokens), name, version, bos, eos, stop_tokens)
+        return self
+
+    def _set_up(
+        self,
+        ranks: dict[bytes, int],
+        special_tokens: dict[str, int],
+        name: str,
+        version: Version,
+        bos: str = "<|begin_of_text|>",
+        eos: str = "<|end_of_text|>",
+        stop_tokens: Collection[int] | None = None,
+    ) -> None:
+        self.version = version
+        self.ranks = ranks
+        self.special_tokens = special_tokens
         self.model = tiktoken.Encoding(
-            name=os.path.basename(path),
+            name=name,
             pat_str=self.pat_str,
             mergeable_ranks=ranks,
-            special_tokens=self.special_tokens,
+            special_tokens=special_tokens,
         )
         self.n_words: int = self.model.n_vocab
-        self.bos_id: int = self.special_tokens["<|begin_of_text|>"]
-        self.eos_id: int = self.special_tokens["<|end_of_text|>"]
+        self.bos_id: int = special_tokens[bos]
+        self.eos_id: int = special_tokens[eos]
         self.pad_id: int = -1
-        self.stop_tokens: set[int] = {len(ranks) + offset for offset in _STOP_OFFSETS}
+        self.stop_tokens: set[int] = (
+            _stops(special_tokens) if stop_tokens is None else {*stop_tokens}
+        )
 
     def encode(
         self,
@@ -323,13 +374,21 @@ def check_id(token: int, n_words: int) -> int:
     return index
 
 
-def _special_tokens(n_ranks: int, n_special: int, version: Version) -> dict[str, int]:
+def llama3_special_tokens(n_ranks: int, version: Version) -> dict[str, int]:
     named, reserved = _NAMED_SPECIAL_TOKENS[version], count()
     names = [
         named.get(offset) or f"<|reserved_special_token_{next(reserved)}|>"
-        for offset in range(n_special)
+        for offset in range(Tokenizer.num_reserved_special_tokens)
     ]
     return {name: n_ranks + offset for offset, name in enumerate(names)}
+
+
+def _stops(special_tokens: Mapping[str, int]) -> set[int]:
+    """What ends an answer of Llama 3 and later. 3.1's eom is a reserved token before eot in 3."""
+    stops = {special_tokens[name] for name in _STOP_NAMES if name in special_tokens}
+    before = special_tokens.get("<|eot_id|>", 0) - 1
+    reserved = {i for name, i in special_tokens.items() if name.startswith("<|reserved_special")}
+    return stops | ({before} & reserved)
 
 
 def _pieces(s: str, max_chars: int = _MAX_CHARS, max_run: int = _MAX_RUN) -> Iterator[str]:

@@ -6,15 +6,14 @@ norm_eps and rope_theta are required, though ModelArgs has defaults: absent, the
 Only Llama 1 and 2 may leave out rope_theta and the vocabulary, as their files do (`complete`).
 """
 
-import json
 import re
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from llama.model import ModelArgs, RopeScaling
+from llama.strict_json import read_json
 
 _INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
          "hidden_dim", "head_dim", "context_length")  # fmt: skip
@@ -39,7 +38,7 @@ _LARGEST = 2**31  # of any number: more is a mistake, and nothing may be counted
 
 def read_params(file: Path) -> dict[str, Any]:
     """What params.json says, every key known and every value of its type, else ValueError."""
-    params = _read_object(file)
+    params = read_json(file)
     for key in params:
         for pattern, what in _REFUSED.items():
             if re.fullmatch(pattern, key):
@@ -57,28 +56,6 @@ def read_params(file: Path) -> dict[str, Any]:
         wanted = None if (key, value) == ("vocab_size", -1) else _wanted(key, value)
         if wanted is not None:
             raise ValueError(f"{file}: {key} needs to be {wanted}, is {value!r:.40}")
-    return params
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = Counter(key for key, _ in pairs).most_common(1)
-        if keys and keys[0][1] > 1:
-            raise ValueError(f"the key {keys[0][0]!r:.40} comes twice")
-        return dict(pairs)
-
-    try:
-        if file.stat().st_size > 2**20:
-            raise ValueError("it is larger than 1 MiB")
-        params = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: is not the JSON it should be: {error}") from error
-    if not isinstance(params, dict):
-        raise ValueError(f"{file}: needs to be an object of keys and values, is {params!r:.40}")
     return params
 
 
