@@ -28,7 +28,7 @@ def info(
     """Say what lies in a folder of weights, and what running it would take.
 
     Args:
-        ckpt_dir: folder with params.json and consolidated.NN.pth.
+        ckpt_dir: folder with params.json and consolidated.NN.pth, or a .gguf file.
         max_batch_size: sequences that run at one time.
         max_seq_len: tokens of a sequence, prompt and answer; what Llama.build takes by default.
         dtype: float32, bfloat16 or float16; the checkpoint's own by default.
@@ -41,7 +41,7 @@ def info(
         "family": checkpoint.family,
         "parameters": f"{checkpoint.parameters:,}",
         "on disk": f"{checkpoint.shards} shard{'s' * (checkpoint.shards > 1)}, "
-        f"{_name(checkpoint.dtype)}",
+        f"{checkpoint.stored or _name(checkpoint.dtype)}",
         "context": f"{args.context_length} tokens",
         "rope scaling": _scaling(args.rope_scaling),
         "ranks that work": ", ".join(map(str, args.rank_counts())),
@@ -90,6 +90,8 @@ def _name(dtype: torch.dtype) -> str:
 def _scaling(scaling: RopeScaling | None) -> str:
     if scaling is None:
         return "none"
+    if scaling.factors is not None:
+        return f"a factor for each pair, {min(scaling.factors):g} to {max(scaling.factors):g}"
     return (
         f"factor {scaling.factor:g}, low {scaling.low_freq_factor:g}, "
         f"high {scaling.high_freq_factor:g}, original context {scaling.original_context}"

@@ -14,7 +14,7 @@ from typing import TypedDict
 
 import torch
 
-from llama.checkpoint import load, open_checkpoint
+from llama.checkpoint import Checkpoint, load, open_checkpoint
 from llama.checkpoint.plan import check_memory
 from llama.engine import Engine, Event, Request
 from llama.llama2 import RefusedDialog, chat_format, open_tokenizer
@@ -67,15 +67,17 @@ class Llama:
 
         Args:
             ckpt_dir: folder with Meta's consolidated.*.pth and params.json, in any number of
-            shards. tokenizer_path: anything blobfile opens; None: `tokenizer.model` in ckpt_dir.
+                shards; or a GGUF file, or the folder that holds one.
+            tokenizer_path: anything blobfile opens; None: `tokenizer.model` in ckpt_dir, or what
+                the GGUF file says.
             max_seq_len: tokens a sequence may have, prompt and answer; None: the model's context,
-            at
-                most 8192 of it, since the cache is allocated in advance.
+                at most 8192 of it, since the cache is allocated in advance.
             max_batch_size: sequences that run at one time; more prompts than that wait in line.
             model_parallel_size: processes that share the model; None: all that torchrun started.
             seed: starts the stream that gives a seed to each request without one.
             device: "cuda", "cuda:1", "mps", "cpu"; None: the first of cuda, mps, cpu there is.
-            dtype: of weights, activations and cache, such as "float32"; None: the checkpoint's.
+            dtype: of weights, activations and cache, such as "float32"; None: the checkpoint's,
+                bfloat16 where its weights are quantized.
             rope_scaling: factor (or RopeScaling) instead of the one that belongs to the model.
 
         Raises ValueError or FileNotFoundError, before anything is allocated, for files that do not
@@ -83,12 +85,7 @@ class Llama:
         """
         where = local_device(device)
         checkpoint = open_checkpoint(ckpt_dir, rope_scaling=rope_scaling)
-        if tokenizer_path is None and checkpoint.tokenizer_path is None:
-            raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
-        tokenizer = open_tokenizer(
-            str(tokenizer_path or checkpoint.tokenizer_path),
-            version="3.1" if checkpoint.args.rope_scaling else "3",
-        )
+        tokenizer = find_tokenizer(checkpoint, tokenizer_path)
         args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
         check_vocabulary(tokenizer, args)
         checkpoint = replace(checkpoint, args=args)
@@ -489,6 +486,16 @@ def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -
             f"max_seq_len={max_seq_len}: the model's context is {args.context_length} tokens"
         )
     return replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+
+
+def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None) -> TextTokenizer:
+    """The tokenizer at `path`, or the one that came with the checkpoint."""
+    if path is None and checkpoint.tokenizer is not None:
+        return checkpoint.tokenizer()
+    path = path or checkpoint.tokenizer_path
+    if path is None:
+        raise FileNotFoundError(f"no tokenizer.model in {checkpoint.path}; give tokenizer_path")
+    return open_tokenizer(str(path), version="3.1" if checkpoint.args.rope_scaling else "3")
 
 
 def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs) -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from llama.checkpoint.gguf import find_gguf, open_gguf
+from llama.checkpoint.gguf_write import write_gguf
 from llama.checkpoint.meta import open_meta, write_meta
 from llama.checkpoint.names import groups, local_shape, local_slice
 from llama.checkpoint.plan import Plan, check, check_memory, free_memory, make_plan
@@ -39,6 +41,7 @@ __all__ = [
     "make_plan",
     "open_checkpoint",
     "random_checkpoint",
+    "write_gguf",
     "write_meta",
 ]
 
@@ -50,25 +53,28 @@ _BLOCK = 2**26  # bytes that are copied at a time: what a cast on the way may ho
 def open_checkpoint(
     ckpt_dir: str | Path, *, rope_scaling: float | RopeScaling | None = None
 ) -> Checkpoint:
-    """Look at the weights in a folder (or in its `original/`) without reading them.
+    """Look at the weights in a folder (or in its `original/`), or in a .gguf file, unread.
 
-    rope_scaling replaces what params.json implies: a factor, 1 for none, or all four constants.
+    rope_scaling replaces what is said there: a factor, 1 for none, or all four constants.
     Raises FileNotFoundError or ValueError in one sentence where the folder is not what it should
     be.
     """
-    path = _find_folder(Path(ckpt_dir))
-    return open_meta(path, {} if rope_scaling is None else _rope_override(rope_scaling))
+    path = _find(Path(ckpt_dir))
+    overrides = {} if rope_scaling is None else _rope_override(rope_scaling)
+    return (open_gguf if path.is_file() else open_meta)(path, overrides)
 
 
-def _find_folder(path: Path) -> Path:
-    """The folder that holds params.json and shards, or an error that says what is there instead."""
+def _find(path: Path) -> Path:
+    """The folder that holds params.json and shards, or the GGUF file; or an error that says what is
+    there instead."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such folder")
     if path.is_file():
-        gguf = "; GGUF is not read yet by this version, Meta's files are"
+        if path.suffix == ".gguf":
+            return path
         raise ValueError(
-            f"{path} is a file, and the folder that holds params.json and consolidated.NN.pth is "
-            f"needed{gguf if path.suffix == '.gguf' else ''}"
+            f"{path} is a file; needed is a .gguf file, or the folder that holds params.json and "
+            "consolidated.NN.pth"
         )
     for folder in (path, path / "original"):
         has_params = (folder / "params.json").exists()
@@ -78,12 +84,15 @@ def _find_folder(path: Path) -> Path:
         if has_params or has_shards:
             lacks = "consolidated.00.pth" if has_params else "params.json"
             raise FileNotFoundError(f"{folder / lacks} is missing; it belongs beside the others")
-    for pattern, format_name in (("*.gguf", "GGUF"), ("*.safetensors", "Hugging Face's format"),
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return gguf
+    for pattern, format_name in (("*.safetensors", "Hugging Face's format"),
                                  ("config.json", "Hugging Face's format")):  # fmt: skip
         if any(path.glob(pattern)):
             raise ValueError(
                 f"{path}: {format_name} is not read yet by this version; Meta's files are "
-                "(params.json and consolidated.NN.pth)"
+                "(params.json and consolidated.NN.pth), and GGUF"
             )
     raise FileNotFoundError(
         f"{path}: neither params.json nor consolidated.00.pth is in this folder"
@@ -170,7 +179,7 @@ def _wanted_dtype(
     if not (isinstance(wanted, torch.dtype) and wanted.is_floating_point and wanted.itemsize > 1):
         raise ValueError(f"dtype={dtype!r}: use torch.bfloat16, torch.float16 or torch.float32")
     others = sorted({str(t.dtype) for t in checkpoint.tensors.values()} - {str(checkpoint.dtype)})
-    if dtype is None and others:
+    if dtype is None and others and not checkpoint.stored:  # a mixture is what GGUF is
         logger.warning(
             "some tensors are stored as %s and loaded as %s, like the rest",
             ", ".join(others),

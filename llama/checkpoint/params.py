@@ -66,7 +66,11 @@ def _wanted(key: str, value: object) -> str | None:
     if key == "rope_scaling":
         names = [field.name for field in fields(RopeScaling)]
         if isinstance(value, dict) and set(value) <= set(names):
-            wrong = [number for number in value.values() if _wanted("rope_theta", number)]
+            factors = value.get("factors", [])
+            if not isinstance(factors, list):
+                return "an object whose factors are a list"
+            numbers = [value[name] for name in value if name != "factors"] + factors
+            wrong = [number for number in numbers if _wanted("rope_theta", number)]
             return "made of positive numbers" if wrong else None
         return f"an object of {', '.join(names)}"
     kinds, wanted = ((int,), "a whole number") if key in _INTS else ((int, float), "a number")
@@ -124,7 +128,9 @@ def make_args(params: dict[str, Any], file: Path) -> ModelArgs:
     """ModelArgs of what `file` says, its errors naming the file."""
     try:
         if isinstance(params.get("rope_scaling"), dict):
-            params = params | {"rope_scaling": RopeScaling(**params["rope_scaling"])}
+            said = params["rope_scaling"]
+            factors = {"factors": tuple(said["factors"])} if "factors" in said else {}
+            params = params | {"rope_scaling": RopeScaling(**(said | factors))}
         return ModelArgs(**params)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
@@ -144,5 +150,6 @@ def params_of(args: ModelArgs) -> dict[str, Any]:
         if getattr(derived, key) != getattr(args, key):
             params[key] = getattr(args, key)
     if args.rope_scaling is not None and derived.rope_scaling != args.rope_scaling:
-        params["rope_scaling"] = asdict(args.rope_scaling)
+        said = asdict(args.rope_scaling)
+        params["rope_scaling"] = {key: said[key] for key in said if said[key] is not None}
     return params

@@ -6,7 +6,7 @@ copies them to where they are to stay.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from llama.checkpoint.names import local_shape, local_slice, shapes
 from llama.checkpoint.params import SENTENCEPIECE
 from llama.model import ModelArgs
 from llama.parallel import Ranks
+from llama.tokenizer import TextTokenizer
 
 
 class Part(NamedTuple):
@@ -91,6 +92,8 @@ class Checkpoint:
     `tensors` holds every name of `names.shapes`, except output.weight where args.tied. `skipped`
     says of each tensor in the files that is not among them why. `path` is the folder that was
     opened, None for random weights; `shards` the number of files; `dtype` that of the weights.
+    Where a format has types of its own, `stored` says which these are; where it brings a tokenizer
+    along, `tokenizer` makes it; `chat_template` is the text of one, as it stands there.
     """
 
     args: ModelArgs
@@ -100,6 +103,9 @@ class Checkpoint:
     shards: int = 1
     skipped: Mapping[str, str] = field(default_factory=dict)
     tokenizer_path: Path | None = None
+    stored: str = ""
+    tokenizer: Callable[[], TextTokenizer] | None = None
+    chat_template: str | None = None
 
     @property
     def parameters(self) -> int:
