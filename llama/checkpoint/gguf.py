@@ -100,7 +100,7 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
 def find_gguf(folder: Path) -> Path | None:
     """The one model in a folder (its first file); None for none, ValueError for several."""
     models: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.gguf")):
+    for file in sorted(f for f in folder.glob("*.gguf") if f.is_file()):
         match = _PART.fullmatch(file.name)
         models.setdefault(match[1] if match else file.name, file)
     if len(models) > 1:

@@ -219,14 +219,20 @@ class _Parser:
             raise self.fail(f"the key {key!r} is an array of type {kind}, which GGUF does not have")
         size = 8 if kind == STRING else struct.calcsize(FORMATS[kind])
         what = f"the array {key!r}"
-        start = self.at
-        self.skip(count * size, what)
+        start = self.skip(count * size, what)
         if kind == STRING:
             self.at = start
-            for _ in range(count):
-                length = self.number("Q", what)
-                self.skip(length, what)
+            self.skip(self.length_of_texts(start, count), what)
         return Array(self.data[start : self.at], kind, count)
+
+    def length_of_texts(self, start: int, count: int) -> int:
+        """Bytes of `count` texts from `start` on; more than there are where these run over."""
+        length, data, at = struct.Struct("<Q").unpack_from, self.data, start
+        for _ in range(count):
+            if at + 8 > self.end:
+                return at + 8 - start
+            at += 8 + length(data, at)[0]
+        return at - start
 
     def tensor(self, name: str, alignment: int) -> tuple[tuple[int, ...], Kind, int]:
         """Shape, type and offset of one tensor, each sound by itself."""

@@ -181,7 +181,7 @@ def _proto_kinds(data: bytes) -> Iterator[int]:
     for field, value in _fields(data):
         if field == 1:
             assert isinstance(value, bytes)
-            yield next((int(kind) for inner, kind in _fields(value) if inner == 3), NORMAL)
+            yield [NORMAL, *(int(kind) for inner, kind in _fields(value) if inner == 3)][-1]
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
