@@ -76,10 +76,11 @@ class Engine:
 
     More requests than slots wait their turn. `stop_token_ids` end every request; `seed` starts the
     stream from which requests without a seed of their own draw one; `chunk` bounds the tokens of a
-    step. With `reuse`, a prompt that begins like what a free slot still holds takes that over and
-    only runs the rest: for conversations. It is off by default, because the same prompt may then
-    differ in the last bit from one call to the next. With several ranks, every rank makes the same
-    calls in the same order.
+    step, a quarter of it those of a step in which others are answering. With `reuse`, a prompt
+    that begins like what a free slot still holds takes that over and only runs the rest: for
+    conversations. It is off by default, because the same prompt may then differ in the last bit
+    from one call to the next. With several ranks, every rank makes the same calls in the same
+    order.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Engine:
         max_seq_len: int,
         stop_token_ids: Collection[int] = (),
         seed: int = 1,
-        chunk: int = 512,
+        chunk: int = 2048,
         reuse: bool = False,
     ) -> None:
         self.model = model
@@ -197,7 +198,7 @@ class Engine:
         room."""
         decodes = sorted((r for r in self._running if r.pending == 1), key=lambda r: r.slot)
         work = [(r, 1) for r in decodes]
-        room = max(1, self.chunk - len(work))
+        room = max(1, self.chunk // 4 - len(work)) if work else self.chunk
         for request in self._running:
             if request.pending > 1 and room > 0:
                 count = min(request.pending, room)
