@@ -67,7 +67,8 @@ class Llama:
 
         Args:
             ckpt_dir: folder with Meta's consolidated.*.pth and params.json, in any number of
-            shards. tokenizer_path: anything blobfile opens; None: `tokenizer.model` in ckpt_dir.
+            shards. tokenizer_path: anything blobfile opens, of either kind; None: `tokenizer.model`
+            in ckpt_dir, for Llama 1 and 2 also in the folder above.
             max_seq_len: tokens a sequence may have, prompt and answer; None: the model's context,
             at
                 most 8192 of it, since the cache is allocated in advance.
@@ -79,7 +80,8 @@ class Llama:
             rope_scaling: factor (or RopeScaling) instead of the one that belongs to the model.
 
         Raises ValueError or FileNotFoundError, before anything is allocated, for files that do not
-        make a model, limits that do not fit it, or memory that does not suffice.
+        make a model, limits that do not fit it, or memory that does not suffice; ImportError where
+        the tokenizer of Llama 1 and 2 needs an extra that is not installed.
         """
         where = local_device(device)
         checkpoint = open_checkpoint(ckpt_dir, rope_scaling=rope_scaling)
