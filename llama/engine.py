@@ -45,6 +45,12 @@ class Request:
         """Tokens whose keys are not in the slot yet: one while decoding, more in the prompt."""
         return len(self.prompt) + len(self.tokens) - self.cached
 
+    def following(self, count: int) -> list[int]:
+        """The first `count` of the pending tokens."""
+        if self.tokens and self.pending == 1:
+            return self.tokens[-1:]
+        return (self.prompt + self.tokens)[self.cached : self.cached + count]
+
 
 @dataclass(frozen=True)
 class Event:
@@ -162,7 +168,7 @@ class Engine:
         if not work:
             return []
         self.steps += 1
-        with self.model.ranks.step():
+        with self.model.ranks.together():
             ready, logits = self._run(work)
             choices = self._sample(ready, logits) if ready else []
         for request, count in work:  # from here on nothing fails: a step happens as a whole or not
@@ -214,8 +220,7 @@ class Engine:
         scored: list[tuple[Request, int, int]] = []  # request, its first row, its tokens
         for request, count in work:
             first, row = request.cached, len(ids)
-            both = request.prompt + request.tokens if request.tokens else request.prompt
-            ids += both[first : first + count]
+            ids += request.following(count)
             positions += range(first, first + count)
             if request.params.prompt_logprobs and first < len(request.prompt):
                 scored.append((request, row, count))
