@@ -97,7 +97,7 @@ class Batch:
 
 
 class KVCache:
-    """Preallocated keys and values of every layer: `k` and `v` are (A, P, K, T, E)."""
+    """Preallocated keys and values of every layer: `k` and `v` are (A, P, T, K, E)."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        shape = (n_layers, n_slots, n_kv_heads, max_seq_len, head_dim)
+        shape = (n_layers, n_slots, max_seq_len, n_kv_heads, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -119,17 +119,22 @@ class KVCache:
 
     @property
     def max_seq_len(self) -> int:
-        return self.k.shape[3]
+        return self.k.shape[2]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, batch: Batch, positions: Tensor) -> None:
-        """Store the rows `k` and `v` (N, K, E) of `batch` at their `positions` (N,)."""
-        self.k[layer][batch.slot_of_row, :, positions] = k
-        self.v[layer][batch.slot_of_row, :, positions] = v
+    def places(self, batch: Batch, positions: Tensor) -> Tensor:
+        """Where the rows of `batch` at `positions` (N,) belong, for `write`: (N,)."""
+        return batch.slot_of_row * self.max_seq_len + positions
+
+    def write(self, layer: int, k: Tensor, v: Tensor, places: Tensor) -> None:
+        """Store rows `k` and `v` (N, K, E) at `places` (N,)."""
+        self.k[layer].flatten(0, 1).index_copy_(0, places, k)
+        self.v[layer].flatten(0, 1).index_copy_(0, places, v)
 
     def read(self, layer: int, lo: int, hi: int, length: int) -> tuple[Tensor, Tensor]:
         """Views of the first `length` keys and values of slots lo..hi-1: (hi - lo, K, length,
         E)."""
-        return self.k[layer, lo:hi, :, :length], self.v[layer, lo:hi, :, :length]
+        k, v = self.k[layer, lo:hi, :length], self.v[layer, lo:hi, :length]
+        return k.transpose(1, 2), v.transpose(1, 2)
 
     def forget(self, slot: int) -> None:
         """Set a slot to zeros: what was in it can no longer reach anybody, not even as NaN."""

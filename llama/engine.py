@@ -45,6 +45,12 @@ class Request:
         """Tokens whose keys are not in the slot yet: one while decoding, more in the prompt."""
         return len(self.prompt) + len(self.tokens) - self.cached
 
+    def following(self, count: int) -> list[int]:
+        """The first `count` of the pending tokens."""
+        if self.tokens and self.pending == 1:
+            return self.tokens[-1:]
+        return (self.prompt + self.tokens)[self.cached : self.cached + count]
+
 
 @dataclass(frozen=True)
 class Event:
@@ -76,10 +82,11 @@ class Engine:
 
     More requests than slots wait their turn. `stop_token_ids` end every request; `seed` starts the
     stream from which requests without a seed of their own draw one; `chunk` bounds the tokens of a
-    step. With `reuse`, a prompt that begins like what a free slot still holds takes that over and
-    only runs the rest: for conversations. It is off by default, because the same prompt may then
-    differ in the last bit from one call to the next. With several ranks, every rank makes the same
-    calls in the same order.
+    step, a quarter of it those of a step in which others are answering. With `reuse`, a prompt
+    that begins like what a free slot still holds takes that over and only runs the rest: for
+    conversations. It is off by default, because the same prompt may then differ in the last bit
+    from one call to the next. With several ranks, every rank makes the same calls in the same
+    order.
     """
 
     def __init__(
@@ -90,7 +97,7 @@ class Engine:
         max_seq_len: int,
         stop_token_ids: Collection[int] = (),
         seed: int = 1,
-        chunk: int = 512,
+        chunk: int = 2048,
         reuse: bool = False,
     ) -> None:
         self.model = model
@@ -161,7 +168,7 @@ class Engine:
         if not work:
             return []
         self.steps += 1
-        with self.model.ranks.step():
+        with self.model.ranks.together():
             ready, logits = self._run(work)
             choices = self._sample(ready, logits) if ready else []
         for request, count in work:  # from here on nothing fails: a step happens as a whole or not
@@ -197,7 +204,7 @@ class Engine:
         room."""
         decodes = sorted((r for r in self._running if r.pending == 1), key=lambda r: r.slot)
         work = [(r, 1) for r in decodes]
-        room = max(1, self.chunk - len(work))
+        room = max(1, self.chunk // 4 - len(work)) if work else self.chunk
         for request in self._running:
             if request.pending > 1 and room > 0:
                 count = min(request.pending, room)
@@ -213,8 +220,7 @@ class Engine:
         scored: list[tuple[Request, int, int]] = []  # request, its first row, its tokens
         for request, count in work:
             first, row = request.cached, len(ids)
-            both = request.prompt + request.tokens if request.tokens else request.prompt
-            ids += both[first : first + count]
+            ids += request.following(count)
             positions += range(first, first + count)
             if request.params.prompt_logprobs and first < len(request.prompt):
                 scored.append((request, row, count))

@@ -68,8 +68,8 @@ class Llama:
         Args:
             ckpt_dir: folder with Meta's consolidated.*.pth and params.json, in any number of
                 shards; or a GGUF file, or the folder that holds one.
-            tokenizer_path: anything blobfile opens; None: `tokenizer.model` in ckpt_dir, or what
-                the GGUF file says.
+            tokenizer_path: anything blobfile opens, of either kind; None: `tokenizer.model` in
+                ckpt_dir (for Llama 1 and 2 also in the folder above), or what the GGUF file says.
             max_seq_len: tokens a sequence may have, prompt and answer; None: the model's context,
                 at most 8192 of it, since the cache is allocated in advance.
             max_batch_size: sequences that run at one time; more prompts than that wait in line.
@@ -81,7 +81,8 @@ class Llama:
             rope_scaling: factor (or RopeScaling) instead of the one that belongs to the model.
 
         Raises ValueError or FileNotFoundError, before anything is allocated, for files that do not
-        make a model, limits that do not fit it, or memory that does not suffice.
+        make a model, limits that do not fit it, or memory that does not suffice; ImportError where
+        the tokenizer of Llama 1 and 2 needs an extra that is not installed.
         """
         where = local_device(device)
         checkpoint = open_checkpoint(ckpt_dir, rope_scaling=rope_scaling)
@@ -522,6 +523,5 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def chunk_rows(device: torch.device) -> int:
-    """Tokens of a step at most: enough to fill a GPU; few enough on a CPU that nobody waits
-    long."""
-    return 2048 if device.type == "cuda" else 512
+    """Tokens of a step at most: enough to fill a GPU; fewer on a CPU, where they take seconds."""
+    return 8192 if device.type == "cuda" else 2048

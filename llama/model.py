@@ -139,16 +139,15 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     return (1 - keep) * freqs / scaling.factor + keep * freqs
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each interleaved pair (2i, 2i+1) of x (N, heads, E); rotation (2, N, 1, E/2): cos,
-    sin."""
-    cos, sin = rotation
-    a, b = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn each interleaved pair (2i, 2i+1) of x (N, heads, E), read as a complex number, by
+    `turns` (N, 1, E/2), complex64."""
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean in float32 (Zhang and Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 inside (Zhang and Sennrich 2019)."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -156,9 +155,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def attend_prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -205,13 +202,13 @@ class Attention(nn.Module):
         self.wo = row_linear(heads, args.dim, ranks)
 
     def forward(
-        self, x: Tensor, positions: Tensor, rotation: Tensor, batch: Batch, cache: KVCache | None
+        self, x: Tensor, turns: Tensor, places: Tensor | None, batch: Batch, cache: KVCache | None
     ) -> Tensor:
         q, k, v = (w(x).view(len(x), -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, rotation), rotate(k, rotation)  # (N, H, E), (N, K, E)
+        q, k = rotate(q, turns), rotate(k, turns)  # (N, H, E), (N, K, E)
         parts = []
-        if cache is not None:
-            cache.write(self.layer, k, v, batch, positions)
+        if cache is not None and places is not None:
+            cache.write(self.layer, k, v, places)
             if batch.ones:
                 parts.append(attend_decode(q[: batch.ones], cache, self.layer, batch))
         for run in batch.runs:
@@ -223,7 +220,8 @@ class Attention(nn.Module):
             parts.append(
                 attend_prefill(queries, keys, values, run.mask).transpose(1, 2).flatten(0, 1)
             )
-        return self.wo(torch.cat(parts).flatten(1))  # type: ignore[no-any-return]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)  # (N, H, E)
+        return self.wo(joined.flatten(1))  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
@@ -249,9 +247,9 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self, x: Tensor, positions: Tensor, rotation: Tensor, batch: Batch, cache: KVCache | None
+        self, x: Tensor, turns: Tensor, places: Tensor | None, batch: Batch, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, rotation, batch, cache)
+        x = x + self.attention(self.attention_norm(x), turns, places, batch, cache)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
@@ -289,10 +287,11 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The normed states (N, D) that `logits` reads; arguments as in `forward_flat`."""
         angles = positions[:, None, None].float() * self.freqs  # (N, 1, E/2)
-        rotation = torch.stack((angles.cos(), angles.sin()))
+        turns = torch.polar(torch.ones_like(angles), angles)
+        places = None if cache is None else cache.places(batch, positions)
         h = self.tok_embeddings(tokens)  # (N, D)
         for layer in self.layers:
-            h = layer(h, positions, rotation, batch, cache)
+            h = layer(h, turns, places, batch, cache)
         return self.norm(h)  # type: ignore[no-any-return]
 
     def logits(self, h: Tensor) -> Tensor:

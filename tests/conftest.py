@@ -56,7 +56,8 @@ def byte_tokenizer(tmp_path):
 
 @pytest.fixture
 def tiny_llama(tiny, byte_tokenizer):
-    """A function that makes a Llama of a tiny random model over bytes; arguments: ModelArgs fields."""
+    """A function that makes a Llama of a tiny random model over bytes; arguments: ModelArgs
+    fields."""
 
     def make(seed=0, **changes):
         return Llama(tiny(seed, vocab_size=BYTES_VOCAB, **changes), byte_tokenizer)

@@ -48,7 +48,7 @@ def same_row(model, prompt, ours, reference, ours_scores, reference_scores):
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
-@pytest.mark.parametrize("chunk", [3, 16, 512])
+@pytest.mark.parametrize("chunk", [3, 16, 2048])
 def test_a_row_of_a_ragged_batch_is_the_row_alone_and_chunks_are_one_pass(tiny, chunk, temperature):
     model = tiny()
     prompts = prompts_of([1, 2, 17, 40, 5, 30])
@@ -56,7 +56,7 @@ def test_a_row_of_a_ragged_batch_is_the_row_alone_and_chunks_are_one_pass(tiny, 
     requests, events = run(engine_of(model, 3, chunk=chunk), prompts, params)
     for request, prompt, one in zip(requests, prompts, params, strict=True):
         scores = [e.logprob for e in events if e.request is request]
-        reference, reference_scores = alone(model, prompt, one, chunk=512)
+        reference, reference_scores = alone(model, prompt, one, chunk=2048)
         assert len(request.tokens) == 12
         same_row(model, prompt, request.tokens, reference, scores, reference_scores)
 
@@ -136,7 +136,7 @@ def test_logprobs_are_those_of_the_model_whatever_the_temperature(tiny):
             assert values == pytest.approx(row.topk(4).values.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [5, 512])
+@pytest.mark.parametrize("chunk", [5, 2048])
 @pytest.mark.parametrize("max_tokens", [0, 7])
 def test_prompt_logprobs_score_target_t_by_the_logits_before_it(tiny, chunk, max_tokens):
     model = tiny()

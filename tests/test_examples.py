@@ -33,8 +33,14 @@ def runs():
 
 
 def test_the_readme_shows_what_the_first_command_prints(runs):
+    """All but the haiku, which another processor's roundings may turn into another one."""
     shown = README.split("```text\n")[1].split("```")[0]
-    assert runs[EXAMPLES[0], "one rank"].stdout.strip() == shown.strip()
+    printed, shown = (
+        text.strip().partition("haiku about the sea.")
+        for text in (runs[EXAMPLES[0], "one rank"].stdout, shown)
+    )
+    assert printed[:2] == shown[:2]
+    assert printed[2].count("\n") == shown[2].count("\n")
 
 
 def test_the_python_of_the_readme_runs(monkeypatch, capsys):

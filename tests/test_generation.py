@@ -106,7 +106,7 @@ def test_echo_returns_the_whole_prompt_even_where_it_holds_stop_tokens(tiny_llam
     assert tokens[0][:6] == prompt
     assert len(scores[0]) == len(tokens[0])
     reference = llama.model(torch.tensor([tokens[0]]), 0)[0].log_softmax(-1)
-    expected = [0.0] + [reference[i - 1, t].item() for i, t in enumerate(tokens[0])][1:]
+    expected = [0.0, *[reference[i - 1, t].item() for i, t in enumerate(tokens[0])][1:]]
     assert scores[0] == pytest.approx(expected, abs=1e-5)
 
 

@@ -196,8 +196,8 @@ def _check_names(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[P
             raise ValueError(
                 f"{file}: holds tensors that this model does not have: {_some(unknown)}"
             )
-        odd = sorted(name for name in set(shard) ^ set(shards[0]) if ignored(name) is None)
-        if odd:
+        if set(shard) != set(shards[0]):
+            odd = sorted(set(shard) ^ set(shards[0]))
             raise ValueError(f"{file} and {files[0].name} differ in whether they hold {_some(odd)}")
 
 

@@ -79,19 +79,18 @@ class Plan:
     def workspace(self) -> int:
         """An upper estimate of what one prefill chunk of N rows holds beside weights and cache.
 
-        The larger of attention and feed-forward, the residual and normed states of both, and the
-        logits: N (2 D b + 8 D) + max(N (3 b (H + 2 K) E + 12 H E), 3 N F b) + workspace_per_key L
-        + M V (b + 8) for slices of M logits.
+        The largest of what comes one after the other: attention N (2 D b + 8 D + 3 (H + 2 K) E b +
+        12 H E) + workspace_per_key L, feed-forward N (2 D b + 8 D + 3 F b), and M V (b + 8) for a
+        slice of M logits. Float32 copies of states and queries are the terms without b.
         """
         args, b = self.args, self.dtype.itemsize
         queries = args.n_heads // self.ranks * args.head_dim
         keys = max(1, args.n_kv_heads // self.ranks) * args.head_dim
         states = args.dim * (2 * b + 8)
-        attention = 3 * b * (queries + 2 * keys) + 12 * queries
-        feed_forward = 3 * b * (args.hidden_dim // self.ranks)
+        attention = self.rows * (states + 3 * b * (queries + 2 * keys) + 12 * queries)
+        feed_forward = self.rows * (states + 3 * b * (args.hidden_dim // self.ranks))
         logits = min(self.logits_rows, self.rows) * args.vocab_size * (b + 8)
-        layers = self.rows * (states + max(attention, feed_forward))
-        return layers + self.workspace_per_key * self.max_seq_len + logits
+        return max(attention + self.workspace_per_key * self.max_seq_len, feed_forward, logits)
 
     @property
     def total(self) -> int:
