@@ -654,14 +654,14 @@ def test_folders_that_are_something_else(tmp_path):
     (here / "model.safetensors").touch()
     refused(ValueError, r"Hugging Face's format is not read yet.*consolidated\.NN\.pth")
     (here / "model.safetensors").rename(here / "model-q4.gguf")
-    refused(ValueError, "GGUF is not read yet")
+    refused(ValueError, r"model-q4\.gguf: is empty")
     (here / "params.json").touch()
     refused(FileNotFoundError, r"consolidated\.00\.pth is missing")
     (here / "params.json").rename(here / "consolidated.00.pth")
     refused(FileNotFoundError, r"params\.json is missing")
-    with pytest.raises(ValueError, match=r"is a file, and the folder.* needed$"):
+    with pytest.raises(ValueError, match=r"is a file; needed is a \.gguf file, or the folder"):
         open_checkpoint(here / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="GGUF is not read yet"):
+    with pytest.raises(ValueError, match=r"model-q4\.gguf: is empty"):
         open_checkpoint(here / "model-q4.gguf")
 
 

@@ -27,9 +27,9 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 
 # Rooms from the ground up. A room imports from lower floors only, or from itself.
 FLOORS = (
-    {"cache", "parallel", "sampling", "ranks", "progress", "cli"},
+    {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json"},
     {"model", "tokenizer"},
-    {"streaming", "llama2"},
+    {"streaming", "llama2", "tokenizer_json"},
     {"checkpoint"},
     {"quantization"},
     {"cuda"},
@@ -40,7 +40,8 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {"model": {"cache", "parallel"}, "streaming": {"tokenizer"}}
-NO_TORCH = {"ranks", "tokenizer", "llama2", "streaming", "progress", "cli"}
+NO_TORCH = {"ranks", "tokenizer", "llama2", "streaming", "progress", "cli", "strict_json",
+            "tokenizer_json"}  # fmt: skip
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along
 PROGRAMS = ("llama.__main__", "llama.demo")  # what people run: may print
