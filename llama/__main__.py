@@ -27,11 +27,11 @@ from llama.checkpoint import convert as write_format
 from llama.checkpoint import reshard as write_shards
 from llama.checkpoint.source import mapped_parts
 from llama.generation import Llama, as_dtype, chunk_rows, with_limits
+from llama.llama2 import open_tokenizer
 from llama.model import RopeScaling
 from llama.parallel import Ranks, local_device
 from llama.perplexity import check_window, default_window, score
 from llama.sampling import SamplingParams
-from llama.tokenizer_json import open_tokenizer
 from llama.verify import verify as find_problems
 
 DEMO = str(Path(__file__).parent / "demo")
@@ -47,7 +47,7 @@ def info(
     """Say what lies in a folder of weights, and what running it would take.
 
     Args:
-        ckpt_dir: folder of weights, Meta's or Hugging Face's.
+        ckpt_dir: folder of weights, Meta's or Hugging Face's, or a .gguf file.
         max_batch_size: sequences that run at one time.
         max_seq_len: tokens of a sequence, prompt and answer; what Llama.build takes by default.
         dtype: float32, bfloat16 or float16; the checkpoint's own by default.
@@ -60,7 +60,7 @@ def info(
         "family": checkpoint.family,
         "parameters": f"{checkpoint.parameters:,}",
         "on disk": f"{checkpoint.shards} shard{'s' * (checkpoint.shards > 1)}, "
-        f"{_name(checkpoint.dtype)}",
+        f"{checkpoint.stored or _name(checkpoint.dtype)}",
         "context": f"{args.context_length} tokens",
         "rope scaling": _scaling(args.rope_scaling),
         "ranks that work": ", ".join(map(str, args.rank_counts())),
@@ -109,6 +109,8 @@ def _name(dtype: torch.dtype) -> str:
 def _scaling(scaling: RopeScaling | None) -> str:
     if scaling is None:
         return "none"
+    if scaling.factors is not None:
+        return f"a factor for each pair, {min(scaling.factors):g} to {max(scaling.factors):g}"
     return (
         f"factor {scaling.factor:g}, low {scaling.low_freq_factor:g}, "
         f"high {scaling.high_freq_factor:g}, original context {scaling.original_context}"
@@ -315,16 +317,18 @@ def convert(
     format: str,
     shards: int = 1,
     dtype: str | None = None,
+    type: str | None = None,
     adapter: str | None = None,
 ) -> None:
     """Write a model, and its tokenizer, in another format.
 
     Args:
-        src: folder of weights, Meta's files or Hugging Face's.
-        dst: a new folder.
-        format: meta (params.json and consolidated.NN.pth) or hf (Hugging Face's).
+        src: folder of weights, Meta's files or Hugging Face's, or a .gguf file.
+        dst: a new folder; for gguf, a new file.
+        format: meta (params.json and consolidated.NN.pth), hf (Hugging Face's) or gguf.
         shards: how many files, in Meta's format.
         dtype: bf16, f16 or f32; the checkpoint's own by default.
+        type: q8_0 or q4_0, for gguf: quantizes the matrices.
         adapter: folder of a LoRA adapter, which is added to the weights.
     """
     kinds = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -334,8 +338,8 @@ def convert(
     if adapter is not None:
         checkpoint = merge_adapter(checkpoint, adapter)
     kind = kinds[dtype] if dtype else None
-    write_format(checkpoint, dst, format, shards=shards, dtype=kind, show_progress=True)
-    print(f"{dst}: {checkpoint.parameters:,} parameters, {_name(kind or checkpoint.dtype)}")
+    write_format(checkpoint, dst, format, shards=shards, dtype=kind, type=type, show_progress=True)
+    print(f"{dst}: {checkpoint.parameters:,} parameters, {type or _name(kind or checkpoint.dtype)}")
 
 
 def _positive(number: int | None, name: str) -> int | None:

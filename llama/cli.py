@@ -25,10 +25,10 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
 
     Parameters annotated `str` or `str | None` get their argument as it was typed, and those
     annotated `tuple[str, ...]` all that were given under their name. ValueError and OSError, which
-    is how this library says that something given does not work, end the process with their sentence
-    on stderr and status 1; a command line that does not fit, with fire's usage and status 2; Ctrl-C
-    and a reader who leaves a pipe, with no words. `name` is what the usage calls this program;
-    None: the file's name.
+    is how this library says that something given does not work, and ImportError, which names an
+    extra that is not installed, end the process with their sentence on stderr and status 1; a
+    command line that does not fit, with fire's usage and status 2; Ctrl-C and a reader who leaves a
+    pipe, with no words. `name` is what the usage calls this program; None: the file's name.
     """
     arguments = sys.argv[1:]
     chosen: list[Callable[[], None]] = []
@@ -64,7 +64,7 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
 
 

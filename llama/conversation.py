@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.templates import DialogFormat
-from llama.tokenizer import ChatFormat, Message
+from llama.tokenizer import ChatFormat, DialogFormat, Message
 
 
 @dataclass
@@ -82,7 +81,8 @@ class Conversation:
         return ids
 
     def _rendered(self, turns: Sequence[Turn]) -> list[int]:
-        """The same by the template: the ids of the last answer as they are, earlier ones as text."""
+        """The same by the template: the ids of the last answer as they are, earlier ones as
+        text."""
         if not turns:
             return list(self._start)
         dialog = [] if self.system is None else [Message(role="system", content=self.system)]

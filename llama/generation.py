@@ -17,13 +17,13 @@ import torch
 from llama.checkpoint import load, merge_adapter, open_checkpoint
 from llama.checkpoint.plan import check_memory
 from llama.engine import Engine, Event, Request
+from llama.llama2 import RefusedDialog, chat_format
 from llama.model import ModelArgs, RopeScaling, Transformer
 from llama.parallel import join, local_device
 from llama.sampling import SamplingParams
 from llama.streaming import AnswerText, Piece, join_pieces, stop_strings
-from llama.templates import DialogFormat, choose_format
-from llama.tokenizer import ChatFormat, Dialog, IncrementalDecoder, Message, Tokenizer
-from llama.tokenizer_json import open_tokenizer
+from llama.templates import choose_format
+from llama.tokenizer import Dialog, DialogFormat, IncrementalDecoder, Message, TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -69,37 +69,35 @@ class Llama:
 
         Args:
             ckpt_dir: folder with Meta's consolidated.*.pth and params.json, in any number of
-                shards, or with Hugging Face's config.json and model*.safetensors.
-            tokenizer_path: anything blobfile opens; None: `tokenizer.model` in ckpt_dir, else its
-                `tokenizer.json`.
+                shards, or with Hugging Face's config.json and model*.safetensors; or a GGUF file,
+                or the folder that holds one.
+            tokenizer_path: anything blobfile opens, of any kind; None: `tokenizer.model` in
+                ckpt_dir (for Llama 1 and 2 also in the folder above), `tokenizer.json` there, or
+                what the GGUF file says.
             max_seq_len: tokens a sequence may have, prompt and answer; None: the model's context,
-            at
-                most 8192 of it, since the cache is allocated in advance.
+                at most 8192 of it, since the cache is allocated in advance.
             max_batch_size: sequences that run at one time; more prompts than that wait in line.
             model_parallel_size: processes that share the model; None: all that torchrun started.
             seed: starts the stream that gives a seed to each request without one.
             device: "cuda", "cuda:1", "mps", "cpu"; None: the first of cuda, mps, cpu there is.
-            dtype: of weights, activations and cache, such as "float32"; None: the checkpoint's.
+            dtype: of weights, activations and cache, such as "float32"; None: the checkpoint's,
+                bfloat16 where its weights are quantized.
             rope_scaling: factor (or RopeScaling) instead of the one that belongs to the model.
             adapter: folder of a LoRA adapter (PEFT's files), added to the weights as they are read.
 
         Raises ValueError or FileNotFoundError, before anything is allocated, for files that do not
-        make a model, limits that do not fit it, or memory that does not suffice.
+        make a model, limits that do not fit it, or memory that does not suffice; ImportError where
+        the tokenizer of Llama 1 and 2 needs an extra that is not installed.
         """
         where = local_device(device)
         checkpoint = open_checkpoint(ckpt_dir, rope_scaling=rope_scaling)
         if adapter is not None:
             checkpoint = merge_adapter(checkpoint, adapter)
-        found = tokenizer_path or checkpoint.tokenizer_path
-        if found is None:
+        tokenizer = checkpoint.open_tokenizer(tokenizer_path)
+        if tokenizer is None:
             raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
-        tokenizer = open_tokenizer(found, checkpoint.version)
         args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
-        if tokenizer.n_words > args.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.n_words} tokens and the model {args.vocab_size}: "
-                "they belong to different models"
-            )
+        check_vocabulary(tokenizer, args)
         formatter = choose_format(tokenizer, checkpoint.chat_template)
         checkpoint = replace(checkpoint, args=args)
         kind = as_dtype(dtype) or checkpoint.dtype
@@ -124,16 +122,16 @@ class Llama:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         *,
         seed: int = 1,
         formatter: DialogFormat | None = None,
         stop_token_ids: Collection[int] = (),
     ) -> None:
-        """`formatter` None: Llama 3's; `stop_token_ids` are added to the tokenizer's own."""
+        """`formatter` None: the tokenizer family's; `stop_token_ids` are added to its own."""
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = formatter or ChatFormat(tokenizer)
+        self.formatter = formatter or chat_format(tokenizer)
         self.is_main = model.ranks.is_main
         args = model.params
         self.engine = Engine(
@@ -221,10 +219,11 @@ class Llama:
         """Continue texts; returns one prediction a prompt, in order.
 
         `finish_reason` is "stop" (a stop token, or one of the strings in `stop`, neither of which
-        is in the text) or "length". With echo the text begins with the prompt. With logprobs,
-        "tokens" and "logprobs" hold one entry a token; the begin-of-text token of an echo has the
-        text "". The other arguments are those of `generate`; as in Meta's code max_gen_len=0 means
-        None here.
+        is in the text) or "length". With echo the text begins with the prompt, and is otherwise
+        the same: prompt and generation joined read as one text, the space between included. With
+        logprobs, "tokens" and "logprobs" hold one entry a token; the begin-of-text token of an echo
+        has the text "". The other arguments are those of `generate`; as in Meta's code
+        max_gen_len=0 means None here.
         """
         pieces = self.stream_text_completion(
             prompts,
@@ -268,8 +267,10 @@ class Llama:
         """Answer dialogs; returns one prediction a dialog, in order, whose "generation" is a
         Message.
 
-        A dialog is a sequence of {"role": "system" | "user" | "assistant", "content": text}. The
-        other arguments, and the other keys of a prediction, are those of `text_completion`.
+        A dialog is a sequence of {"role": "system" | "user" | "assistant", "content": text}. A
+        dialog that the model's chat format refuses (Llama 2: its tags in a text) gets an answer
+        that says so, without a token, and the others are answered. The other arguments, and the
+        other keys of a prediction, are those of `text_completion`.
         """
         pieces = self.stream_chat_completion(
             dialogs,
@@ -359,13 +360,17 @@ class Llama:
             logit_bias=logit_bias,
             max_tokens=max_gen_len or None,
         )
-        ids = []
+        ids, refused = [], {}
         for index, dialog in enumerate(dialogs):
             try:
                 ids.append(self.formatter.encode_dialog_prompt(dialog))
+            except RefusedDialog as error:
+                refused[index] = str(error)
+                ids.append([self.tokenizer.bos_id])  # keeps the place: seeds go by index
             except ValueError as error:
                 raise ValueError(f"dialog {index}: {error}") from None
-        return self.stream(ids, base, seed=seed, stop=stop, logprobs=logprobs)
+        params = self._each(ids, base, seed)
+        return self._pieces(ids, params, logprobs, False, stop_strings(stop), refused)
 
     def stream(
         self,
@@ -379,7 +384,8 @@ class Llama:
     ) -> Iterator[Piece]:
         """Prompts of token ids to an iterator of pieces of text: what the other streams call.
 
-        `params` holds for every prompt; `seed` and the rest are as in `text_completion`.
+        `params` holds for every prompt; `seed` and the rest are as in `text_completion`. The pieces
+        continue the text of their prompt.
         """
         ids = [list(prompt) for prompt in prompt_tokens]
         base = replace(params, prompt_logprobs=logprobs and echo)
@@ -446,11 +452,26 @@ class Llama:
         logprobs: bool,
         echo: bool,
         stop: tuple[str, ...],
+        refused: Mapping[int, str] | None = None,
     ) -> Iterator[Piece]:
-        """The events of `_run` as text; see `Piece` and `AnswerText`."""
-        texts = [AnswerText(self.tokenizer, stop) for _ in prompts]
-        fresh, ended = set(range(len(prompts))), set()
-        for index, event in self._run(prompts, params):
+        """The events of `_run` as text; see `Piece` and `AnswerText`.
+
+        `refused` is None where answers continue the text of their prompts; where they begin texts
+        of their own, it holds those that are known without the model, by index.
+        """
+        known = refused or {}
+        for index, answer in known.items():
+            yield Piece(index, answer, finish_reason="stop")
+        left = [index for index in range(len(prompts)) if index not in known]
+        texts = {
+            i: AnswerText(
+                self.tokenizer, stop, begins=refused is not None or self._silent(prompts[i])
+            )
+            for i in left
+        }
+        fresh, ended = set(left), set()
+        for place, event in self._run([prompts[i] for i in left], [params[i] for i in left]):
+            index = left[place]
             if index in ended:
                 continue
             if echo and index in fresh:
@@ -464,6 +485,10 @@ class Llama:
                 ended.add(index)
                 pieces = text.close(index, pieces, "stop" if text.stopped else event.finish_reason)
             yield from pieces
+
+    def _silent(self, prompt: list[int]) -> bool:
+        """Whether a prompt has no text, so that whatever follows begins one."""
+        return not any(self.tokenizer.token_bytes(token) for token in prompt)
 
     def _echo(self, index: int, request: Request) -> Iterator[Piece]:
         decoder = IncrementalDecoder(self.tokenizer)
@@ -487,6 +512,19 @@ def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -
             f"max_seq_len={max_seq_len}: the model's context is {args.context_length} tokens"
         )
     return replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+
+
+def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs) -> None:
+    """ValueError where tokenizer and model cannot belong together.
+
+    A model may have a few rows more than its tokenizer has tokens, at most one in 64: padding, or
+    tokens that were added to it.
+    """
+    if not 0 <= args.vocab_size - tokenizer.n_words <= tokenizer.n_words // 64:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.n_words} tokens and the model {args.vocab_size}: "
+            "they belong to different models"
+        )
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -24,18 +24,24 @@ from llama.parallel import ONE, Ranks, column_linear, embedding, row_linear
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the rotary wavelengths, see `rope_frequencies`."""
+    """Llama 3.1's stretching of the rotary wavelengths, see `rope_frequencies`.
+
+    `factors`, one for each pair, stand for all four constants where a file says it so.
+    """
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
             raise ValueError(
                 f"{self}: needs factor >= 1 and 0 < low_freq_factor < high_freq_factor"
             )
+        if self.factors is not None and not all(0 < each < math.inf for each in self.factors):
+            raise ValueError(f"factors={self.factors!r:.200}: each must be a positive number")
 
 
 @dataclass(kw_only=True)
@@ -93,6 +99,12 @@ class ModelArgs:
         if self.use_scaled_rope and self.rope_scaling is None:
             small = (self.dim, self.n_layers) in ((2048, 16), (3072, 28))
             self.rope_scaling = RopeScaling(factor=32.0 if small else 8.0)
+        factors = self.rope_scaling.factors if self.rope_scaling else None
+        if factors is not None and len(factors) != self.head_dim // 2:
+            raise ValueError(
+                f"rope_scaling has {len(factors)} factors, and heads of {self.head_dim} have "
+                f"{self.head_dim // 2} rotary pairs"
+            )
         if not self.context_length:
             self.context_length = 131072 if self.rope_scaling else 8192
 
@@ -119,6 +131,8 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     scaling = args.rope_scaling
     if scaling is None:
         return freqs
+    if scaling.factors is not None:
+        return freqs / torch.tensor(scaling.factors, device="cpu")
     turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within the old context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)

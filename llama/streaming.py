@@ -8,7 +8,7 @@ string; so tokens that only spelled a stop string are never seen by anybody.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from llama.tokenizer import IncrementalDecoder, Tokenizer
+from llama.tokenizer import IncrementalDecoder, TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Piece:
 
     `text` may be empty (a character is not complete yet) and may hold more than its token's text.
     The last piece of a prompt, and only that, has a finish_reason: "stop" or "length"; its token
-    may be None. `logprob` is None unless asked for.
+    may be None. `logprob` is None unless asked for. A prompt that was refused has one piece, its
+    answer, without a token.
     """
 
     index: int
@@ -30,12 +31,15 @@ class Piece:
 class AnswerText:
     """The text of one answer as its tokens come: whole characters, and no part of a stop string.
 
-    A piece is held back while its text could still turn out to begin a stop string.
+    A piece is held back while its text could still turn out to begin a stop string. `begins` is
+    False where the answer continues the text of its prompt, see `IncrementalDecoder`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, stop: tuple[str, ...], *, begins: bool = True
+    ) -> None:
         self.stopped = False
-        self._decoder = IncrementalDecoder(tokenizer)
+        self._decoder = IncrementalDecoder(tokenizer, begins=begins)
         self._stop = stop
         self._held: list[Piece] = []
 
@@ -96,15 +100,17 @@ def join_pieces(
     pieces: Iterator[Piece], count: int
 ) -> list[tuple[str, str, list[str], list[float]]]:
     """Text, finish_reason, token texts and logprobs of each of `count` prompts."""
+    whole = [""] * count
     texts: list[list[str]] = [[] for _ in range(count)]
     scores: list[list[float]] = [[] for _ in range(count)]
     reasons = [""] * count
     for piece in pieces:
+        whole[piece.index] += piece.text
         if piece.token is not None:
             texts[piece.index].append(piece.text)
-        elif piece.text:  # the end of a character that never became whole
+        elif piece.text and texts[piece.index]:  # the end of a character that never became whole
             texts[piece.index][-1] += piece.text
         if piece.logprob is not None:
             scores[piece.index].append(piece.logprob)
         reasons[piece.index] = piece.finish_reason or reasons[piece.index]
-    return [("".join(t), r, t, s) for t, r, s in zip(texts, reasons, scores, strict=True)]
+    return list(zip(whole, reasons, texts, scores, strict=True))

@@ -8,10 +8,11 @@ begin, and what has a mark is plain text; only what the template itself writes i
 
 import re
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
+from llama.llama2 import chat_format
 from llama.sandbox import BoundedTemplate
-from llama.tokenizer import ChatFormat, Dialog, Tokenizer, check_dialog
+from llama.tokenizer import ROLES, Dialog, DialogFormat, TextTokenizer, Tokenizer, check_dialog
 
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}"
@@ -46,28 +47,20 @@ _PROBES: tuple[Dialog, ...] = tuple(
 )
 
 
-class DialogFormat(Protocol):
-    """What turns dialogs into ids."""
-
-    tokenizer: Tokenizer
-
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]: ...
-
-
-def choose_format(tokenizer: Tokenizer, template: str | None) -> DialogFormat:
-    """ChatFormat where there is no template, or one that says the same; else the template.
+def choose_format(tokenizer: TextTokenizer, template: str | None) -> DialogFormat:
+    """The family's own format where there is no template, or one that says the same; else the
+    template.
 
     Raises ValueError where the template is no template.
     """
-    known = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= {
-        *tokenizer.special_tokens
-    }
+    turns = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
+    known = not isinstance(tokenizer, Tokenizer) or turns <= {*tokenizer.special_tokens}
     if template is None:
-        return ChatFormat(tokenizer) if known else NoFormat(tokenizer)
+        return chat_format(tokenizer) if known else NoFormat(tokenizer)
     theirs = TemplateFormat(tokenizer, template)
     if not known:
         return theirs
-    ours = ChatFormat(tokenizer)
+    ours = chat_format(tokenizer)
     return ours if all(_same(ours, theirs, probe) for probe in _PROBES) else theirs
 
 
@@ -81,7 +74,7 @@ def _same(ours: DialogFormat, theirs: DialogFormat, dialog: Dialog) -> bool:
 class NoFormat:
     """What stands where a model has no chat template and its tokenizer not Llama 3's turns."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
@@ -91,7 +84,7 @@ class NoFormat:
 class TemplateFormat:
     """Dialogs to ids by a chat template, as transformers' apply_chat_template renders it."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
+    def __init__(self, tokenizer: TextTokenizer, template: str) -> None:
         self.tokenizer = tokenizer
         self.template = template
         try:
@@ -114,7 +107,7 @@ class TemplateFormat:
         Raises ValueError naming the index of the message that is wrong, or with what the template
         says against the dialog.
         """
-        check_dialog(dialog)
+        check_dialog(dialog, ROLES["3.1"])
         marks = self._marks(dialog)
         rendered = self._render(dialog, marks)
         ids: list[int] = []

@@ -7,8 +7,6 @@ The surprising thing: a special token never comes out of text unless the caller 
 `<|eot_id|>` in a user's message is encoded as the ten characters it is: no text can forge a turn.
 """
 
-import base64
-import binascii
 import codecs
 import operator
 import os
@@ -16,12 +14,13 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import count
-from typing import Literal, TypedDict, get_args
+from typing import Literal, Protocol, TypedDict
 
 import tiktoken
-from tiktoken.load import read_file
 
-Role = Literal["system", "user", "assistant"]
+from llama.ranks import parse_ranks, read_bytes
+
+Role = Literal["system", "user", "assistant", "ipython", "tool"]
 
 
 class Message(TypedDict):
@@ -32,6 +31,12 @@ class Message(TypedDict):
 Dialog = Sequence[Message]
 
 Version = Literal["3", "3.1"]
+
+# Who may speak. "ipython" is how Llama 3.1 writes what a tool answers; "tool" is written so too.
+ROLES: dict[Version, tuple[Role, ...]] = {
+    "3": ("system", "user", "assistant"),
+    "3.1": ("system", "user", "assistant", "ipython", "tool"),
+}
 
 # Offsets after the last rank. The other places of the 256 are reserved tokens, counted from 0.
 _NAMED_SPECIAL_TOKENS: dict[Version, dict[int, str]] = {
@@ -73,6 +78,33 @@ _PATTERN = "|".join(
 )
 
 
+class TextTokenizer(Protocol):
+    """What all tokenizers have in common, `Tokenizer` and those of other rooms."""
+
+    special_tokens: dict[str, int]
+    n_words: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    stop_tokens: set[int]
+
+    def encode(
+        self,
+        s: str,
+        *,
+        bos: bool,
+        eos: bool,
+        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+    def first_bytes(self, token: int) -> bytes: ...
+
+
 class Tokenizer:
     """A ranks file (tiktoken's format) and the 256 special tokens that follow its ranks.
 
@@ -97,7 +129,7 @@ class Tokenizer:
             known = ", ".join(repr(name) for name in _NAMED_SPECIAL_TOKENS)
             raise ValueError(f"unknown tokenizer version {version!r}: use one of {known}")
         path = os.fspath(model_path)
-        ranks = _parse_ranks(_read(path), path)
+        ranks = parse_ranks(read_bytes(path), path)
         special = llama3_special_tokens(len(ranks), version)
         self._set_up(ranks, special, os.path.basename(path), version)
 
@@ -177,13 +209,7 @@ class Tokenizer:
         Names in `allowed_special` ("all" for all) become special tokens where `s` has them; names
         in `disallowed_special` raise ValueError where `s` has them; any other is plain text.
         """
-        if not isinstance(s, str):
-            raise ValueError(f"encode takes one str, got {type(s).__name__}")
-        allowed = self._allowed(allowed_special)
-        if isinstance(disallowed_special, str) and disallowed_special != "all":
-            raise ValueError(
-                f"disallowed_special is 'all' or a collection of names, got {disallowed_special!r}"
-            )
+        allowed = check_encode(s, self.special_tokens, allowed_special, disallowed_special)
         ids = [self.bos_id] if bos else []
         for piece in _pieces(s):
             ids += self.model.encode(
@@ -198,77 +224,78 @@ class Tokenizer:
 
         Raises ValueError for an id outside 0 .. n_words - 1, pad_id among them.
         """
-        return self.model.decode([self._check_id(token) for token in ids])
+        return self.model.decode([check_id(token, self.n_words) for token in ids])
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for; a character may need those of several ids."""
-        return self.model.decode_single_token_bytes(self._check_id(token))
+        return self.model.decode_single_token_bytes(check_id(token, self.n_words))
 
-    def _check_id(self, token: int) -> int:
-        try:
-            index = operator.index(token)
-        except TypeError:
-            raise ValueError(
-                f"a token id is an integer, got {token!r} of type {type(token).__name__}"
-            ) from None
-        if not 0 <= index < self.n_words:
-            pad = " (-1 is padding and has no text)" if index == self.pad_id else ""
-            raise ValueError(
-                f"token id {index} is outside the vocabulary, 0 to {self.n_words - 1}{pad}"
-            )
-        return index
-
-    def _allowed(self, names: Literal["all"] | AbstractSet[str]) -> AbstractSet[str]:
-        if names == "all":
-            return set(self.special_tokens)
-        if isinstance(names, str):
-            raise ValueError(f"allowed_special is 'all' or a set of names, got {names!r}")
-        unknown = sorted(set(names) - self.special_tokens.keys())
-        if unknown:
-            raise ValueError(
-                f"allowed_special names {unknown}, which this tokenizer does not have: "
-                "the names that work are the keys of special_tokens"
-            )
-        return set(names)
+    def first_bytes(self, token: int) -> bytes:
+        """The bytes of an id that begins a text: here, the same as anywhere."""
+        return self.token_bytes(token)
 
 
 class IncrementalDecoder:
     """Ids to text one at a time, without breaking a character.
 
-    The pieces of `push` and the last `flush`, joined, are `tokenizer.decode` of all ids.
+    The pieces of `push` and the last `flush`, joined, are `tokenizer.decode` of all ids. With
+    begins=False they continue a text: they are what decode of both adds to decode of the former.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, begins: bool = True) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._begins = self._at_start = begins
 
     def push(self, token: int) -> str:
-        """What `token` completes; bytes of an unfinished character are held back."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token))
+        """What `token` completes; bytes of an unfinished character are held back.
+
+        A token without text ends a character, as SentencePiece does it.
+        """
+        data = self._tokenizer.token_bytes(token)
+        if self._at_start and data:
+            data, self._at_start = self._tokenizer.first_bytes(token), False
+        return self._utf8.decode(data, final=not data)
 
     def flush(self) -> str:
         """What is held back, as U+FFFD. The decoder is then as new."""
+        self._at_start = self._begins
         return self._utf8.decode(b"", final=True)
 
 
+class DialogFormat(Protocol):
+    """What all chat formats have in common."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]: ...
+
+
 class ChatFormat:
-    """Dialogs to ids, as Llama 3 Instruct and later were trained on them."""
+    """Dialogs to ids, as Llama 3 Instruct and later were trained on them.
+
+    Roles are system, user and assistant; from 3.1 on also ipython, whose messages are what a tool
+    answered, and its other name tool.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self.roles = ROLES[tokenizer.version]
 
     def encode_header(self, message: Message) -> list[int]:
-        _check_message(message, "role")
+        _check_message(message, self.roles, "role")
         special = self.tokenizer.special_tokens
+        role = "ipython" if message["role"] == "tool" else message["role"]
         return [
             special["<|start_header_id|>"],
-            *self.tokenizer.encode(message["role"], bos=False, eos=False),
+            *self.tokenizer.encode(role, bos=False, eos=False),
             special["<|end_header_id|>"],
             *self.tokenizer.encode("\n\n", bos=False, eos=False),
         ]
 
     def encode_message(self, message: Message) -> list[int]:
-        _check_message(message, "role", "content")
+        _check_message(message, self.roles, "role", "content")
         return [
             *self.encode_header(message),
             *self.tokenizer.encode(message["content"].strip(), bos=False, eos=False),
@@ -280,38 +307,79 @@ class ChatFormat:
 
         Raises ValueError naming the index of the message that is wrong, before anything is encoded.
         """
-        check_dialog(dialog)
+        check_dialog(dialog, self.roles)
         ids = [self.tokenizer.bos_id]
         for message in dialog:
             ids += self.encode_message(message)
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
 
-def check_dialog(dialog: object) -> None:
+def check_dialog(dialog: object, roles: Sequence[Role]) -> None:
     """ValueError where `dialog` is not a list of messages, naming the index of a wrong one."""
     if isinstance(dialog, (str, Mapping)) or not isinstance(dialog, Sequence):
         raise ValueError(f"a dialog is a list of messages, got {type(dialog).__name__}")
     if not dialog:
         raise ValueError("the dialog is empty: it needs at least one message")
     for index, message in enumerate(dialog):
-        _check_message(message, "role", "content", where=f"message {index} of the dialog: ")
+        where = f"message {index} of the dialog: "
+        _check_message(message, roles, "role", "content", where=where)
 
 
-def _check_message(message: object, *keys: str, where: str = "") -> None:
+def _check_message(message: object, roles: Sequence[Role], *keys: str, where: str = "") -> None:
     if not isinstance(message, Mapping):
         raise ValueError(f"{where}a message is a dict, got {type(message).__name__}")
     for key in keys:
         if key not in message:
             raise ValueError(f"{where}no {key!r} among its keys {list(message)}")
-    if message["role"] not in get_args(Role):
-        roles = ", ".join(get_args(Role))
-        raise ValueError(f"{where}unknown role {message['role']!r}: the roles are {roles}")
+    if message["role"] not in roles:
+        known = ", ".join(roles)
+        raise ValueError(f"{where}unknown role {message['role']!r}: the roles are {known}")
     if "content" in keys and not isinstance(message["content"], str):
         raise ValueError(f"{where}content is a str, got {type(message['content']).__name__}")
 
 
+def check_encode(
+    s: object,
+    special_tokens: Mapping[str, int],
+    allowed: Literal["all"] | AbstractSet[str],
+    disallowed: Literal["all"] | Collection[str],
+) -> AbstractSet[str]:
+    """The names of special tokens that are allowed in `s`; ValueError for arguments of `encode`
+    that do not work."""
+    if not isinstance(s, str):
+        raise ValueError(f"encode takes one str, got {type(s).__name__}")
+    if isinstance(disallowed, str) and disallowed != "all":
+        raise ValueError(
+            f"disallowed_special is 'all' or a collection of names, got {disallowed!r}"
+        )
+    if allowed == "all":
+        return set(special_tokens)
+    if isinstance(allowed, str):
+        raise ValueError(f"allowed_special is 'all' or a set of names, got {allowed!r}")
+    unknown = sorted(set(allowed) - special_tokens.keys())
+    if unknown:
+        raise ValueError(
+            f"allowed_special names {unknown}, which this tokenizer does not have: "
+            "the names that work are the keys of special_tokens"
+        )
+    return set(allowed)
+
+
+def check_id(token: int, n_words: int) -> int:
+    """`token` as an int; ValueError where it is not an id of a vocabulary of `n_words`."""
+    try:
+        index = operator.index(token)
+    except TypeError:
+        raise ValueError(
+            f"a token id is an integer, got {token!r} of type {type(token).__name__}"
+        ) from None
+    if not 0 <= index < n_words:
+        pad = " (-1 is padding and has no text)" if index == -1 else ""
+        raise ValueError(f"token id {index} is outside the vocabulary, 0 to {n_words - 1}{pad}")
+    return index
+
+
 def llama3_special_tokens(n_ranks: int, version: Version) -> dict[str, int]:
-    """The 256 special tokens that follow `n_ranks` ranks, by name."""
     named, reserved = _NAMED_SPECIAL_TOKENS[version], count()
     names = [
         named.get(offset) or f"<|reserved_special_token_{next(reserved)}|>"
@@ -343,87 +411,3 @@ def _pieces(s: str, max_chars: int = _MAX_CHARS, max_run: int = _MAX_RUN) -> Ite
                     yield block[cut:end]
                     cut = end
         yield block[cut:]
-
-
-def _read(path: str) -> bytes:
-    try:
-        return read_file(path)
-    except IsADirectoryError:
-        raise ValueError(
-            f"{path} is a directory: give the path of the tokenizer.model in it"
-        ) from None
-    except OSError as error:
-        # requests' error for a page that is not there is an OSError with the server's answer
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, FileNotFoundError) or status == 404:
-            raise FileNotFoundError(f"no tokenizer file at {path}") from None
-        raise
-
-
-def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
-    """Ranks by token from lines `base64 rank`; the ranks are 0 .. n - 1, in any order of lines."""
-    _check_not_another_format(data, path)
-    ranks: dict[bytes, int] = {}
-    line_of: dict[int, int] = {}  # of a rank
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        words = line.split()
-        if len(words) != 2 or not words[1].isdigit():
-            raise ValueError(f"{path}, line {number}: not `base64 rank`: {_shown(line)}")
-        try:
-            token, rank = base64.b64decode(words[0], validate=True), int(words[1])
-        except binascii.Error:
-            raise ValueError(f"{path}, line {number}: bad base64: {_shown(line)}") from None
-        if rank in line_of:
-            raise ValueError(
-                f"{path}, line {number}: duplicate rank {rank}, also on line {line_of[rank]}"
-            )
-        if token in ranks:
-            raise ValueError(
-                f"{path}, line {number}: duplicate token {token!r}, "
-                f"also on line {line_of[ranks[token]]}"
-            )
-        ranks[token] = rank
-        line_of[rank] = number
-    _check_complete(ranks, line_of, path)
-    return ranks
-
-
-def _shown(line: bytes) -> str:
-    return repr(line[:40])[1:] + ("..." if len(line) > 40 else "")
-
-
-def _check_complete(ranks: dict[bytes, int], line_of: dict[int, int], path: str) -> None:
-    for expected, rank in enumerate(sorted(line_of)):
-        if rank != expected:
-            raise ValueError(
-                f"{path}, line {line_of[rank]}: gap in the ranks: rank {rank}, "
-                f"but no line has rank {expected}"
-            )
-    for byte in range(256):
-        if bytes([byte]) not in ranks:
-            raise ValueError(
-                f"{path}: none of its {len(ranks)} lines has the single byte 0x{byte:02x}, "
-                "so not every text could be encoded: the file is cut short, or no ranks file"
-            )
-
-
-def _check_not_another_format(data: bytes, path: str) -> None:
-    head = data[:512].lstrip()
-    cause = None
-    if not data.strip():
-        cause = "the file is empty"
-    elif data.startswith(b"\n") and b"<unk>" in data[:64]:
-        cause = (
-            "this is a SentencePiece model: tokenizers of Llama 1 and 2 are not supported "
-            "by this class"
-        )
-    elif head.startswith(b"<"):
-        cause = "this is an HTML page, perhaps of a login or an error: download the file again"
-    elif head.startswith(b"version https://git-lfs"):
-        cause = "this is a git-lfs pointer: fetch the file that it stands for (git lfs pull)"
-    elif head.startswith(b"{"):
-        cause = "this is JSON: give Meta's tokenizer.model, not a tokenizer.json"
-    if cause is not None:
-        raise ValueError(f"{path}, line 1: {cause}")

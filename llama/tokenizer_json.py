@@ -38,13 +38,6 @@ _BYTE_OF = _alphabet()
 _CHAR_OF = {byte: char for char, byte in _BYTE_OF.items()}
 
 
-def open_tokenizer(path: str | Path, version: Version = "3") -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in a file of ranks with `version`'s special tokens."""
-    if str(path).endswith(".json"):
-        return read_tokenizer_json(Path(path))
-    return Tokenizer(str(path), version=version)
-
-
 def read_tokenizer_json(file: Path) -> Tokenizer:
     """The tokenizer in tokenizer.json; the names of bos and eos from tokenizer_config.json beside.
 

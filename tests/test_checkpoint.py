@@ -583,7 +583,8 @@ WRONG_PARAMS = {
     "quantized": ({"quantization_args": {"scheme": "int4"}}, "quantization_args marks quantized"),
     "adapter": ({"lora_args": {"rank": 16}}, "lora_args marks weights with adapters"),
     "vision": ({"vision_chunk_size": 448}, "vision_chunk_size marks a vision model"),
-    "llama 2": ({"vocab_size": -1}, "vocab_size -1 marks Llama 1 or 2"),
+    "vocabulary": ({"vocab_size": -2}, "vocab_size needs to be a whole number above 0"),
+    "no theta": ({"vocab_size": "absent", "rope_theta": "absent"}, "params.json: lacks rope_theta"),
     "missing": ({"dim": "absent", "rope_theta": "absent"}, "lacks dim, rope_theta"),
     "text": ({"dim": "64"}, "dim needs to be a whole number, is '64'"),
     "float": ({"n_layers": 2.0}, "n_layers needs to be a whole number"),
@@ -653,14 +654,14 @@ def test_folders_that_are_something_else(tmp_path):
     (here / "model.safetensors").touch()
     refused(ValueError, r"Hugging Face's format is not read yet.*consolidated\.NN\.pth")
     (here / "model.safetensors").rename(here / "model-q4.gguf")
-    refused(ValueError, "GGUF is not read yet")
+    refused(ValueError, r"model-q4\.gguf: is empty")
     (here / "params.json").touch()
     refused(FileNotFoundError, r"consolidated\.00\.pth is missing")
     (here / "params.json").rename(here / "consolidated.00.pth")
     refused(FileNotFoundError, r"params\.json is missing")
-    with pytest.raises(ValueError, match=r"is a file, and the folder.* needed$"):
+    with pytest.raises(ValueError, match=r"is a file; needed is a \.gguf file, or the folder"):
         open_checkpoint(here / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="GGUF is not read yet"):
+    with pytest.raises(ValueError, match=r"model-q4\.gguf: is empty"):
         open_checkpoint(here / "model-q4.gguf")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import BYTES_VOCAB, Scripted, says
 
-from llama import Llama
+from llama import ChatFormat, Llama
 from llama.streaming import AnswerText, join_pieces
 
 EOT = 256 + 9
@@ -333,3 +333,13 @@ def test_it_ends_by_itself(scripted):
     llama = Llama(Scripted(says("Hello", 23)), scripted(None).tokenizer)
     out = llama.chat_completion([[{"role": "user", "content": "Hi"}]], 0)
     assert out[0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("verdict", ["safe", "unsafe\nS1"])
+def test_a_guard_s_verdict_ends_with_its_turn(scripted, byte_tokenizer, verdict):
+    dialog = DIALOGS[0]
+    start = len(ChatFormat(byte_tokenizer).encode_dialog_prompt(dialog))
+    llama = scripted(says(verdict, start), max_seq_len=256)
+    (answer,) = llama.chat_completion([dialog], temperature=0)
+    assert answer["generation"]["content"] == verdict
+    assert answer["finish_reason"] == "stop"

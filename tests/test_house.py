@@ -27,9 +27,10 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 
 # Rooms from the ground up. A room imports from lower floors only, or from itself.
 FLOORS = (
-    {"cache", "parallel", "sampling", "tokenizer", "llama2", "progress", "cli", "terminal"}
-    | {"strict_json"},
-    {"model", "streaming", "verify", "tokenizer_json", "sandbox"},
+    {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json", "terminal"},
+    {"model", "tokenizer", "verify", "sandbox"},
+    {"streaming", "tokenizer_json"},
+    {"llama2"},
     {"templates"},
     {"conversation"},
     {"checkpoint"},
@@ -50,8 +51,8 @@ ONLY = {
     "sandbox": set(),
 }
 NO_TORCH = {
-    "tokenizer", "llama2", "streaming", "progress", "verify", "cli", "terminal", "conversation",
-    "strict_json", "tokenizer_json", "sandbox", "templates",
+    "ranks", "tokenizer", "llama2", "streaming", "progress", "verify", "cli", "terminal",
+    "conversation", "strict_json", "tokenizer_json", "sandbox", "templates",
 }  # fmt: skip
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along

@@ -497,6 +497,20 @@ def test_names_that_are_no_special_tokens_are_refused(small):
         small.encode("x", disallowed_special="<|eot_id|>", **options)
 
 
+def test_what_a_tool_answers_has_a_role_from_3_1_on(tmp_path):
+    path = write_ranks(tmp_path / "small.model", small_tokens())
+    new, old = ChatFormat(Tokenizer(path, version="3.1")), ChatFormat(Tokenizer(path))
+    dialog = [{"role": "user", "content": "x"}, {"role": "ipython", "content": "42"}]
+    prompt = new.encode_dialog_prompt(dialog)
+    assert "<|start_header_id|>ipython<|end_header_id|>\n\n42<|eot_id|>" in new.tokenizer.decode(
+        prompt
+    )
+    assert new.encode_dialog_prompt([dialog[0], {"role": "tool", "content": "42"}]) == prompt
+    for role in ("ipython", "tool"):
+        with pytest.raises(ValueError, match=f"message 1 .*'{role}'.* system, user, assistant$"):
+            old.encode_dialog_prompt([dialog[0], {"role": role, "content": "42"}])
+
+
 BYTES = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
 
 
@@ -592,17 +606,19 @@ def test_a_tokenizer_can_be_read_from_a_url(tmp_path, monkeypatch, small):
 def test_a_local_file_needs_neither_torch_nor_a_socket(tmp_path):
     path = write_ranks(tmp_path / "t.model", small_tokens())
     script = """
-import importlib.util, socket, sys
+import socket, sys, types
 def refuse(*args, **kwargs):
     raise RuntimeError("network")
 socket.socket = socket.create_connection = socket.getaddrinfo = refuse
 sys.modules["torch"] = None
-spec = importlib.util.spec_from_file_location("alone", sys.argv[1])
-alone = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(alone)
-alone.Tokenizer(sys.argv[2]).encode("hello", bos=True, eos=False)
+package = sys.modules["llama"] = types.ModuleType("llama")
+package.__path__ = [sys.argv[1]]  # its rooms without its __init__
+from llama.llama2 import open_tokenizer
+open_tokenizer(sys.argv[2]).encode("hello", bos=True, eos=False)
 """
     result = subprocess.run(
-        [sys.executable, "-c", script, module.__file__, str(path)], capture_output=True, text=True
+        [sys.executable, "-c", script, str(Path(module.__file__).parent), str(path)],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr

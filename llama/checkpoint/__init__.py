@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llama.checkpoint.conversion import convert
+from llama.checkpoint.gguf import find_gguf, open_gguf
+from llama.checkpoint.gguf_write import write_gguf
 from llama.checkpoint.hf import open_hf
 from llama.checkpoint.hf_write import write_hf
 from llama.checkpoint.lora import Merged, merge_adapter
@@ -46,6 +48,7 @@ __all__ = [
     "open_checkpoint",
     "random_checkpoint",
     "reshard",
+    "write_gguf",
     "write_hf",
     "write_meta",
 ]
@@ -58,9 +61,9 @@ _BLOCK = 2**26  # bytes that are copied at a time: what a cast on the way may ho
 def open_checkpoint(
     ckpt_dir: str | Path, *, rope_scaling: float | RopeScaling | None = None
 ) -> Checkpoint:
-    """Look at the weights in a folder (or in its `original/`) without reading them.
+    """Look at the weights in a folder (or in its `original/`), or in a .gguf file, unread.
 
-    rope_scaling replaces what params.json implies: a factor, 1 for none, or all four constants.
+    rope_scaling replaces what is said there: a factor, 1 for none, or all four constants.
     Raises FileNotFoundError or ValueError in one sentence where the folder is not what it should
     be.
     """
@@ -69,14 +72,18 @@ def open_checkpoint(
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such folder")
     if path.is_file():
-        gguf = "; GGUF is not read yet by this version, Meta's files are"
+        if path.suffix == ".gguf":
+            return open_gguf(path, overrides)
         raise ValueError(
-            f"{path} is a file, and the folder that holds params.json and consolidated.NN.pth is "
-            f"needed{gguf if path.suffix == '.gguf' else ''}"
+            f"{path} is a file; needed is a .gguf file, or the folder that holds params.json and "
+            "consolidated.NN.pth"
         )
     meta = _find_meta(path)
     if meta is not None:
         return open_meta(meta, overrides)
+    gguf = None if (path / "config.json").exists() else find_gguf(path)
+    if gguf is not None:
+        return open_gguf(gguf, overrides)
     return open_hf(_check_hf(path), overrides)
 
 
@@ -99,11 +106,6 @@ def _check_hf(path: Path) -> Path:
         return path
     if (path / "adapter_config.json").exists():
         raise ValueError(f"{path}: is an adapter; give it as adapter= to the model that it is for")
-    if any(path.glob("*.gguf")):
-        raise ValueError(
-            f"{path}: GGUF is not read yet by this version; Meta's files (params.json and "
-            "consolidated.NN.pth) and Hugging Face's are"
-        )
     if any(path.glob("*.safetensors")):
         raise FileNotFoundError(f"{path / 'config.json'} is missing; it belongs beside the weights")
     raise FileNotFoundError(
@@ -173,7 +175,7 @@ def _wanted_dtype(
         raise ValueError(f"dtype={dtype!r}: use torch.bfloat16, torch.float16 or torch.float32")
     stored = [t for t in checkpoint.tensors.values() if not isinstance(t, Merged)]
     others = sorted({str(t.dtype) for t in stored} - {str(checkpoint.dtype)})
-    if dtype is None and others:
+    if dtype is None and others and not checkpoint.stored:  # a mixture is what GGUF is
         logger.warning(
             "some tensors are stored as %s and loaded as %s, like the rest",
             ", ".join(others),

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint.names import IGNORED, shapes, shard_dim
-from llama.checkpoint.params import make_args, params_of, read_params
+from llama.checkpoint.names import ignored, shapes, shard_dim
+from llama.checkpoint.params import complete, make_args, params_of, read_params
 from llama.checkpoint.pth import Entry, write_pth
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part
 from llama.model import ModelArgs
@@ -68,9 +68,10 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     not fit together.
     """
     files = find_shards(path)
-    params = read_params(path / "params.json") | dict(overrides)
-    args = make_args(params, path / "params.json")
+    stated = read_params(path / "params.json") | dict(overrides)
     shards = [_map_shard(file) for file in files]
+    params = complete(stated, path / "params.json", _vocabulary(shards), shards[0])
+    args = make_args(params, path / "params.json")
     _check_names(args, shards, files)
     shared = all(_same_storage(shard) for shard in shards)
     if args.tied and not shared and "output.weight" in shards[0]:
@@ -79,7 +80,7 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         )
     if shared:
         args = make_args(params | {"tied": True}, path / "params.json")
-    skipped = {name: reason for name, reason in IGNORED.items() if name in shards[0]}
+    skipped = {name: reason for name in shards[0] if (reason := ignored(name)) is not None}
     if args.tied and "output.weight" in shards[0]:
         skipped["output.weight"] = "shares the storage of tok_embeddings.weight"
     tensors = {
@@ -89,7 +90,8 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     }
     if any(not torch.equal(shards[0]["norm.weight"], s["norm.weight"]) for s in shards[1:]):
         logger.warning("%s: the shards differ in norm.weight; are all of one model?", path)
-    tokenizer = path / "tokenizer.model"
+    counted = params["vocab_size"] != stated.get("vocab_size")  # Llama 1 or 2, which Meta packed so
+    tokenizers = (folder / "tokenizer.model" for folder in (path, *[path.parent] * counted))
     return Checkpoint(
         args=args,
         tensors=tensors,
@@ -97,8 +99,14 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         path=path,
         shards=len(shards),
         skipped=skipped,
-        tokenizer_path=tokenizer if tokenizer.is_file() else None,
+        tokenizer_path=next((file for file in tokenizers if file.is_file()), None),
     )
+
+
+def _vocabulary(shards: list[dict[str, Tensor]]) -> int:
+    """How many tokens the output matrix has a row for, 0 where it is not a matrix in each shard."""
+    rows = [shard.get("output.weight") for shard in shards]
+    return sum(len(row) for row in rows if row is not None and row.ndim == 2)
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -182,7 +190,8 @@ def _check_names(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[P
     wanted = set(shapes(args)) - ({"output.weight"} if args.tied else set())
     for file, shard in zip(files, shards, strict=True):
         missing = sorted(wanted - set(shard))
-        unknown = sorted(set(shard) - wanted - set(IGNORED) - {"output.weight"})
+        held = {name for name in shard if ignored(name) is None}
+        unknown = sorted(held - wanted - {"output.weight"})
         if missing:
             raise ValueError(f"{file}: lacks {_some(missing)}")
         if unknown:

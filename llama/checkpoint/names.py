@@ -8,6 +8,7 @@ vocabulary's last part may be short.
 Letters: V vocabulary, D dim, Q query heads x head size, K key/value heads x head size, F hidden.
 """
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -41,7 +42,12 @@ _FUSED = (
     ("feed_forward.w1.weight", "feed_forward.w3.weight"),
 )
 
-IGNORED = {"rope.freqs": "derived from rope_theta"}
+
+def ignored(name: str) -> str | None:
+    """Why a tensor of Meta's files is not read, None where it is."""
+    if re.fullmatch(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs", name):
+        return "derived from rope_theta"
+    return None
 
 
 def _entry(name: str) -> _Entry:

@@ -15,7 +15,8 @@ import torch
 from llama.checkpoint.meta import check_shards, write_meta
 from llama.checkpoint.source import Checkpoint
 from llama.progress import progress
-from llama.tokenizer_json import open_tokenizer, ranks_file
+from llama.tokenizer import Tokenizer
+from llama.tokenizer_json import ranks_file
 
 _BLOCK = 2**22
 
@@ -35,8 +36,10 @@ def reshard(
     """
     check_shards(checkpoint.args, shards)
     path, ranks = checkpoint.tokenizer_path, None
-    if path is not None:
-        ranks = ranks_file(open_tokenizer(path)) if path.suffix == ".json" else path.read_bytes()
+    if path is not None and path.suffix != ".json":
+        ranks = path.read_bytes()
+    elif isinstance(tokenizer := checkpoint.open_tokenizer(), Tokenizer):
+        ranks = ranks_file(tokenizer)
     dst = Path(dst)
     part = dst.with_name(dst.name + ".part")
     _check_target(dst, part)

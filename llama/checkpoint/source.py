@@ -6,7 +6,7 @@ copies them to where they are to stay.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.names import local_shape, local_slice, shapes
+from llama.checkpoint.params import SENTENCEPIECE
+from llama.llama2 import open_tokenizer
 from llama.model import ModelArgs
 from llama.parallel import Ranks
-from llama.tokenizer import Version
+from llama.tokenizer import TextTokenizer, Version
 
 _BLOCK = 2**26  # bytes of a block of rows
 
@@ -86,6 +88,17 @@ def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
     return wanted.view(torch.uint8)
 
 
+# (dim, n_layers, whether each query head has its own keys) of those with SentencePiece's
+_OLD_SIZES = {
+    (4096, 32, True): "7B",
+    (5120, 40, True): "13B",
+    (6656, 60, True): "33B",
+    (8192, 48, False): "34B",
+    (8192, 80, True): "65B",
+    (8192, 80, False): "70B",
+}
+_OLD_FAMILIES = {2048: "Llama 1", 4096: "Llama 2", 16384: "Code Llama"}  # by context
+
 # (dim, n_layers) of the released models with Llama 3's vocabulary, without and with scaled rotary
 _FAMILIES = {
     (4096, 32): ("Llama 3 8B", "Llama 3.1 8B"),
@@ -104,6 +117,8 @@ class Checkpoint:
     says of each tensor in the files that is not among them why. `path` is the folder that was
     opened, None for random weights; `shards` the number of files; `dtype` that of the weights.
     `stop_token_ids` and `chat_template` (in jinja) are what the files say beside the tokenizer's.
+    Where a format has types of its own, `stored` says which these are; where it brings a tokenizer
+    along, `tokenizer` makes it.
     """
 
     args: ModelArgs
@@ -115,6 +130,8 @@ class Checkpoint:
     tokenizer_path: Path | None = None
     stop_token_ids: tuple[int, ...] = ()
     chat_template: str | None = field(default=None, repr=False)
+    stored: str = ""
+    tokenizer: Callable[[], TextTokenizer] | None = None
 
     @property
     def parameters(self) -> int:
@@ -126,14 +143,26 @@ class Checkpoint:
         """Which names the special tokens of a file of ranks have, for the file does not say."""
         return "3.1" if self.args.rope_scaling else "3"
 
+    def open_tokenizer(self, path: str | Path | None = None) -> TextTokenizer | None:
+        """The tokenizer at `path`, of any kind, or the one that came with the weights, if any."""
+        if path is None and self.tokenizer is not None:
+            return self.tokenizer()
+        found = path or self.tokenizer_path
+        return None if found is None else open_tokenizer(str(found), version=self.version)
+
     @property
     def family(self) -> str:
         """The released model that has this shape, a guess for people to read."""
-        plain, scaled = _FAMILIES.get((self.args.dim, self.args.n_layers), (None, None))
-        name = scaled if self.args.rope_scaling else plain
-        if name is None or self.args.vocab_size != 128256:
-            return "a Llama of its own shape"
-        return name
+        args = self.args
+        plain, scaled = _FAMILIES.get((args.dim, args.n_layers), (None, None))
+        name = scaled if args.rope_scaling else plain
+        if args.vocab_size in SENTENCEPIECE:
+            size = _OLD_SIZES.get((args.dim, args.n_layers, args.n_kv_heads == args.n_heads))
+            family = _OLD_FAMILIES.get(args.context_length)
+            name = f"{family} {size}" if family and size else None
+        elif args.vocab_size != 128256:
+            name = None
+        return name or "a Llama of its own shape"
 
 
 def mapped_parts(

@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama.demo.corpus import training_documents
-from llama.tokenizer import ChatFormat, Dialog, Role, Tokenizer
+from llama.tokenizer import ChatFormat, Dialog, Tokenizer
 
 LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 ANSWER, PASSAGE, QUESTION = 1.0, 0.6, 0.2  # how much a token counts in the loss, by whose it is
@@ -42,7 +41,7 @@ class Encoder:
         chat = ChatFormat(tokenizer)
         self.tokenizer = tokenizer
         self.headers = {
-            role: chat.encode_header({"role": role, "content": ""}) for role in get_args(Role)
+            role: chat.encode_header({"role": role, "content": ""}) for role in chat.roles
         }
         self.eot = tokenizer.special_tokens["<|eot_id|>"]
 

@@ -25,7 +25,7 @@ from llama.demo.corpus import ALL_KINDS, Question, held_out, held_out_text, trai
 from llama.generation import Llama
 from llama.model import Transformer
 from llama.progress import progress
-from llama.tokenizer import Dialog, Tokenizer
+from llama.tokenizer import Dialog, TextTokenizer, Tokenizer
 
 HERE = Path(__file__).parent
 COMPLETION_TOKENS, ANSWER_TOKENS = 16, 160
@@ -103,9 +103,10 @@ def _bag(text: str) -> Counter[str]:
 
 
 def perplexity(
-    model: Transformer, tokenizer: Tokenizer, documents: int = 1200
+    model: Transformer, tokenizer: TextTokenizer, documents: int = 1200
 ) -> tuple[int, float]:
     """Number of tokens, and exp of the mean negative log likelihood, of the held-out text."""
+    assert isinstance(tokenizer, Tokenizer), tokenizer
     encode, device = Encoder(tokenizer), model.norm.weight.device
     texts = held_out_text(documents)
     total, tokens = 0.0, 0

@@ -1,0 +1,262 @@
+"""The tokenizer inside a GGUF file: read from its keys, and written as them.
+
+Two kinds: byte-level BPE as Llama 3 has it becomes a `Tokenizer`; SentencePiece's BPE, of which a
+file holds pieces and scores but not the model, becomes a `PieceTokenizer`. Knows no tensor. The
+surprising thing: a file spells the tokens of the first kind in letters, one for each byte, and has
+a list of merges besides; ids alone say the same, for tokens are numbered in the order of learning.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from llama.checkpoint.gguf_file import Array, GGUFFile
+from llama.checkpoint.gguf_pieces import CONTROL, NORMAL, UNUSED, PieceTokenizer
+from llama.tokenizer import TextTokenizer, Tokenizer
+
+# What llama.cpp calls the way of Llama 3 to cut text before merging, also in older files.
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_BEGIN = "<|begin_of_text|>"
+_STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+_STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+# Renders a dialog as ChatFormat encodes it (Llama 3's layout; names of special tokens as text).
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+
+
+class Vocabulary(NamedTuple):
+    """The keys tokenizer.ggml.* as they are written: a token, its kind and its score by id."""
+
+    model: str
+    tokens: list[str]
+    kinds: list[int]
+    scores: list[float] | None
+    merges: list[str] | None
+    ids: dict[str, int]  # by key, such as bos_token_id
+    add_space_prefix: bool | None
+
+
+def _alphabet() -> dict[str, int]:
+    """GPT-2's letter for each byte: the character of that number, where that can be seen."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = sorted(set(range(256)) - set(plain))
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF = _alphabet()
+_LETTER_OF = {byte: letter for letter, byte in _BYTE_OF.items()}
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_tokenizer(file: GGUFFile) -> TextTokenizer:
+    """The tokenizer that a file describes.
+
+    Raises ValueError, naming the file, for another kind than the two above, and where what the file
+    says does not make a tokenizer.
+    """
+    try:
+        model = file.get("tokenizer.ggml.model", str)
+        if model not in ("gpt2", "llama"):
+            raise ValueError(
+                f"its tokenizer is of the kind {model!r:.40}; gpt2 (byte-level BPE) and llama "
+                "(SentencePiece) are read: give tokenizer_path"
+            )
+        tokens = _strings(file, "tokens")
+        kinds = _numbers(file, "token_type", len(tokens)) or [NORMAL] * len(tokens)
+        while tokens and kinds[len(tokens) - 1] == UNUSED and tokens[-1].startswith("[PAD"):
+            tokens.pop()  # fills the rows of a matrix that no token needs
+        twice = Counter(tokens).most_common(1)
+        if twice and twice[0][1] > 1:
+            raise ValueError(f"the token {twice[0][0]!r:.60} comes twice in its vocabulary")
+        if model == "gpt2":
+            return _byte_level(file, tokens, kinds)
+        return _pieces(file, tokens, kinds)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {str(error).removeprefix(f'{file.path}: ')}") from error
+
+
+def _strings(file: GGUFFile, key: str) -> list[str]:
+    values = file.get(f"tokenizer.ggml.{key}", Array).values()
+    if not values or not isinstance(values[0], str):
+        raise ValueError(f"tokenizer.ggml.{key} is no list of texts")
+    return [str(value) for value in values]
+
+
+def _numbers(file: GGUFFile, key: str, count: int) -> list[int]:
+    """As many whole numbers as there are tokens, or none where the key is absent."""
+    if f"tokenizer.ggml.{key}" not in file.metadata:
+        return []
+    values = file.get(f"tokenizer.ggml.{key}", Array).values()
+    if len(values) != count or not all(type(value) is int for value in values):
+        raise ValueError(f"tokenizer.ggml.{key} is no list of {count} whole numbers")
+    return [int(value) for value in values]
+
+
+def _id(file: GGUFFile, key: str, count: int) -> int | None:
+    """The id that a key names; None where the key is absent."""
+    if f"tokenizer.ggml.{key}" not in file.metadata:
+        return None
+    token = file.get(f"tokenizer.ggml.{key}", int)
+    if not 0 <= token < count:
+        raise ValueError(f"tokenizer.ggml.{key} is {token}, and there are {count} tokens")
+    return token
+
+
+def _byte_level(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> Tokenizer:
+    ranks: dict[bytes, int] = {}
+    special: dict[str, int] = {}
+    for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):
+        if kind != NORMAL:
+            special[text] = token
+            continue
+        try:
+            ranks[bytes([_BYTE_OF[letter] for letter in text])] = token
+        except KeyError:
+            raise ValueError(f"the token {text!r:.60} is not spelled byte by byte") from None
+    pre = file.get("tokenizer.ggml.pre", str, "" if _BEGIN in special else "default")
+    if pre not in ("", *_LLAMA3):
+        raise ValueError(
+            f"its tokenizer cuts text by the rule {pre!r:.40}; {_LLAMA3[0]} is known: give "
+            "tokenizer_path"
+        )
+    _check_merges(file, tokens)
+    ids = {key: _id(file, key, len(tokens)) for key in ("bos_token_id", *_STOP_KEYS)}
+    stops = {ids[key] for key in _STOP_KEYS} | {special.get(name) for name in _STOPS}
+    names: dict[int | None, str] = {token: text for text, token in special.items()}
+    # an Instruct file calls its end of a turn the end of a text; both stop, only one ends a text
+    eos = _STOPS[0] if _STOPS[0] in special else names.get(ids["eos_token_id"], _STOPS[0])
+    return Tokenizer.from_ranks(
+        ranks,
+        special,
+        name=str(file.path),
+        bos=names.get(ids["bos_token_id"], _BEGIN),
+        eos=eos,
+        stop_tokens=_stop_tokens(stops, special),
+    )
+
+
+def _stop_tokens(stops: set[int | None], special: Mapping[str, int]) -> set[int]:
+    """Without None, and with the token that became Llama 3.1's eom, which in 3 has no name."""
+    found = {token for token in stops if token is not None}
+    before = special.get("<|eot_id|>", 0) - 1
+    reserved = {i for name, i in special.items() if name.startswith("<|reserved_special_token")}
+    return found | ({before} & reserved)
+
+
+def _check_merges(file: GGUFFile, tokens: list[str]) -> None:
+    """ValueError where merging by id would not be what the file's merges do."""
+    if "tokenizer.ggml.merges" not in file.metadata:
+        raise ValueError("lacks the key tokenizer.ggml.merges")
+    if not file.get("tokenizer.ggml.merges", Array).length:
+        return
+    id_of = {text: token for token, text in enumerate(tokens)}
+    last = -1
+    for merge in _strings(file, "merges"):
+        left, _, right = merge.partition(" ")
+        token = id_of.get(left + right, -1)
+        if token < 0 or left not in id_of or right not in id_of:
+            raise ValueError(f"the merge {merge!r:.60} is of tokens that are not in the vocabulary")
+        if token < last:
+            raise ValueError(
+                f"the merge {merge!r:.60} is not in the order of the ids, as Llama 3's are: give "
+                "tokenizer_path"
+            )
+        last = token
+
+
+def _pieces(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> PieceTokenizer:
+    scores = file.get("tokenizer.ggml.scores", Array).values()
+    if len(scores) < len(tokens) or not all(type(score) is float for score in scores):
+        raise ValueError(f"tokenizer.ggml.scores is no list of {len(tokens)} numbers")
+    ids = {key: _id(file, key, len(tokens)) for key in ("bos_token_id", *_STOP_KEYS)}
+    stops = {token for key in _STOP_KEYS if (token := ids[key]) is not None}
+    return PieceTokenizer(
+        tokens,
+        [float(score) for score in scores[: len(tokens)]],
+        list(kinds[: len(tokens)]),
+        bos_id=1 if ids["bos_token_id"] is None else ids["bos_token_id"],
+        eos_id=2 if ids["eos_token_id"] is None else ids["eos_token_id"],
+        stop_tokens=stops,
+        add_space_prefix=file.get("tokenizer.ggml.add_space_prefix", bool, True),
+    )
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def vocabulary(tokenizer: TextTokenizer, size: int) -> Vocabulary:
+    """The keys for a tokenizer, filled up to `size` tokens, the rows of the model's embedding.
+
+    Raises ValueError where the tokenizer is of neither kind, or has more tokens than that.
+    """
+    if tokenizer.n_words > size:
+        raise ValueError(f"the tokenizer has {tokenizer.n_words} tokens and the model {size}")
+    if isinstance(tokenizer, Tokenizer):
+        out = _spelled(tokenizer)
+    elif isinstance(tokenizer, PieceTokenizer):
+        out = _scored(tokenizer)
+    else:
+        out = _scored(PieceTokenizer.of_sentencepiece(tokenizer))
+    for token in range(len(out.tokens), size):
+        out.tokens.append(f"[PAD{token}]")
+        out.kinds.append(UNUSED)
+        if out.scores is not None:
+            out.scores.append(-10000.0)
+    return out
+
+
+def _spelled(tokenizer: Tokenizer) -> Vocabulary:
+    texts = {
+        rank: "".join(_LETTER_OF[byte] for byte in token) for token, rank in tokenizer.ranks.items()
+    }
+    kinds = dict.fromkeys(texts, NORMAL)
+    for name, token in tokenizer.special_tokens.items():
+        texts[token], kinds[token] = name, CONTROL
+    order = range(tokenizer.n_words)
+    assert len(texts) == len(order), (len(texts), tokenizer.n_words)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    for key, name in (("eot_token_id", "<|eot_id|>"), ("eom_token_id", "<|eom_id|>")):
+        if name in tokenizer.special_tokens:
+            ids[key] = tokenizer.special_tokens[name]
+    merges = _merges({texts[rank]: rank for rank in tokenizer.ranks.values()})
+    return Vocabulary(
+        "gpt2", [texts[n] for n in order], [kinds[n] for n in order], None, merges, ids, None
+    )
+
+
+def _merges(ranks: Mapping[str, int]) -> list[str]:
+    """Every pair of tokens that makes a token, by the rank of what it makes.
+
+    A pair that training never merged belongs to them: the ranks file of Llama 3 allows any.
+    """
+    out = []
+    for text in sorted(ranks, key=ranks.__getitem__):
+        cuts = ((text[:at], text[at:]) for at in range(1, len(text)))
+        pairs = [(left, right) for left, right in cuts if left in ranks and right in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        out += [f"{left} {right}" for left, right in pairs]
+    return out
+
+
+def _scored(tokenizer: PieceTokenizer) -> Vocabulary:
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return Vocabulary(
+        "llama",
+        list(tokenizer.pieces),
+        list(tokenizer.kinds),
+        list(tokenizer.scores),
+        None,
+        ids,
+        tokenizer.add_space_prefix,
+    )
