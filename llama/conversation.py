@@ -81,8 +81,7 @@ class Conversation:
         return ids
 
     def _rendered(self, turns: Sequence[Turn]) -> list[int]:
-        """The same by the template: the ids of the last answer as they are, earlier ones as
-        text."""
+        """The same by a template: the ids of the last answer as they are, earlier ones as text."""
         if not turns:
             return list(self._start)
         dialog = [] if self.system is None else [Message(role="system", content=self.system)]

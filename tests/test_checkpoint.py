@@ -652,7 +652,7 @@ def test_folders_that_are_something_else(tmp_path):
     here.mkdir()
     refused(FileNotFoundError, r"neither params\.json nor consolidated\.00\.pth")
     (here / "model.safetensors").touch()
-    refused(ValueError, r"Hugging Face's format is not read yet.*consolidated\.NN\.pth")
+    refused(FileNotFoundError, r"config\.json is missing; it belongs beside the weights")
     (here / "model.safetensors").rename(here / "model-q4.gguf")
     refused(ValueError, r"model-q4\.gguf: is empty")
     (here / "params.json").touch()

@@ -5,12 +5,17 @@ import dataclasses
 import json
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_tokenizer import OFFICIAL
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Theirs
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
@@ -425,8 +430,6 @@ def test_transformers_gives_the_same_ids_on_the_exported_tokenizer(tmp_path, wor
 
 
 def test_the_official_ranks_give_the_official_ids_as_tokenizer_json(tmp_path):
-    from test_tokenizer import OFFICIAL
-
     if not OFFICIAL.exists():
         pytest.skip(f"the official tokenizer file is not at {OFFICIAL}")
     ranks = Tokenizer(OFFICIAL, version="3.1")
@@ -436,8 +439,6 @@ def test_the_official_ranks_give_the_official_ids_as_tokenizer_json(tmp_path):
     assert (ours.ranks, ours.special_tokens) == (ranks.ranks, ranks.special_tokens)
     assert ours.stop_tokens == {128001, 128008, 128009}
     assert ranks_file(ours) == OFFICIAL.read_bytes()
-    from tokenizers import Tokenizer as Theirs
-
     theirs = Theirs.from_file(str(file))
     for text in texts(500, seed=1):
         ids = ours.encode(text, bos=True, eos=False, allowed_special="all")
@@ -445,9 +446,6 @@ def test_the_official_ranks_give_the_official_ids_as_tokenizer_json(tmp_path):
 
 
 def test_merges_as_pairs_and_as_a_trained_tokenizer_has_them(tmp_path):
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Theirs
-
     theirs = Theirs(models.BPE())
     pattern = pre_tokenizers.Split(Regex(Tokenizer.pat_str), "isolated")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -585,6 +583,26 @@ def test_convert_there_and_back(folders, capsys):
         with pytest.raises(ValueError, match=message):
             convert(str(folders / "meta"), str(folders / "d"), **options)
     assert not (folders / "d").exists()
+
+
+def test_commands_take_a_hugging_face_folder(folders):
+    def run(*arguments):
+        command = [sys.executable, "-m", "llama", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr
+        return done.stdout
+
+    assert "1 shard, float32" in run("info", folders / "hf")
+    assert "parameters, bfloat16" in run(
+        "convert", folders / "hf", folders / "out", "--format", "meta", "--dtype", "bf16"
+    )
+    assert open_checkpoint(folders / "out").dtype == torch.bfloat16
+    (folders / "out/tokenizer.model").rename(folders / "tokenizer")
+    ids = run("tokenize", "Hi", folders / "hf")
+    assert [line.split()[0] for line in ids.splitlines()] == ["72", "105"]
+    text = ("complete", "Hi", "--max_gen_len", "5", "--temperature", "0", "--ckpt_dir")
+    assert run(*text, folders / "hf") == run(*text, folders / "meta")
 
 
 def test_a_tokenizer_that_metas_format_cannot_say_is_refused(tmp_path, word_tokenizer):

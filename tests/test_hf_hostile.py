@@ -226,7 +226,7 @@ def missing(folder):
 INDICES = {
     "a parent folder": (outside, r"'\.\./x\.safetensors', which is no name"),
     "an absolute path": (place(NORM, "/etc/passwd"), "'/etc/passwd', which is no name"),
-    "an absolute path of weights": (place(NORM, "/tmp/x.safetensors"), "which is no name"),
+    "an absolute path of weights": (place(NORM, "/weights/x.safetensors"), "which is no name"),
     "another drive": (place(NORM, "C:\\x.safetensors"), "which is no name"),
     "a hidden file": (place(NORM, "..safetensors"), "which is no name"),
     "a null byte": (place(NORM, "a\0.safetensors"), "which is no name"),

@@ -1,11 +1,14 @@
 """Chat templates: ours where they say the same, transformers' ids elsewhere; no text forges a turn,
 and no template runs for ever."""
 
+import json
 import time
+import tracemalloc
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from llama.conversation import Conversation
 from llama.sandbox import BoundedTemplate
 from llama.templates import LLAMA3_TEMPLATE, NoFormat, TemplateFormat, choose_format
 from llama.tokenizer import ChatFormat, Tokenizer
@@ -86,8 +89,6 @@ def tokenizer_of(names):
 
 
 def transformers_ids(tokenizer, template, dialog, tmp_path):
-    import json
-
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(tokenizer_json(tokenizer)))
     theirs = PreTrainedTokenizerFast(
@@ -206,6 +207,22 @@ def test_a_dialog_is_checked_and_a_template_may_refuse_it():
         form.encode_dialog_prompt(dialog_of(("sytem", "x")))
 
 
+def test_a_conversation_follows_the_template():
+    form = TemplateFormat(tokenizer_of(CHATML_NAMES), CHATML)
+    talk = Conversation(form, "Be brief.")
+    assert talk.system_tokens > 5
+    talk.add("hello")
+    start = dialog_of(("system", "Be brief."), ("user", "hello"))
+    assert talk.ids() == form.encode_dialog_prompt(start)
+    talk.turns[-1].answer = form.tokenizer.encode("hell", bos=False, eos=False)
+    assert talk.ids() == form.encode_dialog_prompt(start) + talk.turns[-1].answer
+    talk.add("user")
+    whole = [*start, *dialog_of(("assistant", "hell"), ("user", "user"))]
+    assert talk.ids() == form.encode_dialog_prompt(whole)
+    assert talk.forget(len(talk.ids()) - 1) == 1
+    assert talk.ids() == form.encode_dialog_prompt([start[0], whole[-1]])
+
+
 # --- bounds
 
 
@@ -266,7 +283,6 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_hostile_template_ends_soon_with_one_sentence(name):
-    tracemalloc = pytest.importorskip("tracemalloc")
     tracemalloc.start()
     start = time.monotonic()
     try:
