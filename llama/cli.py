@@ -21,9 +21,12 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
 
     Parameters annotated `str` or `str | None` get their argument as it was typed. ValueError and
     OSError, which is how this library says that something given does not work, end the process
-    with their sentence on stderr and status 1; a command line that does not fit, with fire's usage
-    and status 2. `name` is what the usage calls this program; None: the file's name.
+    with their sentence on stderr and status 1, or with their traceback where `--debug` is among the
+    arguments; a command line that does not fit, with fire's usage and status 2. `name` is what the
+    usage calls this program; None: the file's name.
     """
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     chosen: list[Callable[[], None]] = []
 
     def choosing(command: Command) -> Command:
@@ -41,13 +44,23 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
 
     try:
         if isinstance(commands, Mapping):
-            fire.Fire({word: choosing(each) for word, each in commands.items()}, name=name)
+            fire.Fire({word: choosing(each) for word, each in commands.items()}, arguments, name)
         else:
-            fire.Fire(choosing(commands), name=name)
+            fire.Fire(choosing(commands), arguments, name)
         for call in chosen:
             call()
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        if debug:
+            raise
+        sys.exit(_sentence(error))
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, in one line: names in a file that is not ours may hold anything."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _check(word: str, value: object, kinds: tuple[type, ...]) -> None:

@@ -26,6 +26,7 @@ from llama.tokenizer import ChatFormat, Dialog, IncrementalDecoder, Message, Tok
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQ_LEN = 8192
+LARGEST_PADDING = 256  # rows of a vocabulary that no token has
 Seed = int | Sequence[int] | None
 
 
@@ -89,9 +90,12 @@ class Llama:
             version="3.1" if checkpoint.args.rope_scaling else "3",
         )
         args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
-        if tokenizer.n_words > args.vocab_size:
+        # special tokens follow the ranks: with other ranks they would be other tokens; a vocabulary
+        # may be padded, but by less than the multiple it is padded to
+        if not 0 <= args.vocab_size - tokenizer.n_words < LARGEST_PADDING:
             raise ValueError(
-                f"the tokenizer has {tokenizer.n_words} tokens and the model {args.vocab_size}: "
+                f"{tokenizer_path or checkpoint.tokenizer_path}: the tokenizer has "
+                f"{tokenizer.n_words} tokens and the model {args.vocab_size}: "
                 "they belong to different models"
             )
         checkpoint = replace(checkpoint, args=args)
@@ -162,7 +166,7 @@ class Llama:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             logit_bias=logit_bias,
-            max_tokens=max_gen_len,
+            max_tokens=_checked(max_gen_len),
             stop_token_ids=tuple(stop_token_ids or ()),
             prompt_logprobs=logprobs and echo,
         )
@@ -304,7 +308,7 @@ class Llama:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             logit_bias=logit_bias,
-            max_tokens=max_gen_len or None,
+            max_tokens=_checked(max_gen_len) or None,
         )
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         return self.stream(ids, base, seed=seed, stop=stop, logprobs=logprobs, echo=echo)
@@ -335,7 +339,7 @@ class Llama:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             logit_bias=logit_bias,
-            max_tokens=max_gen_len or None,
+            max_tokens=_checked(max_gen_len) or None,
         )
         ids = []
         for index, dialog in enumerate(dialogs):
@@ -449,6 +453,18 @@ class Llama:
         for at, token in enumerate(request.prompt):
             text = "" if token == self.tokenizer.bos_id else decoder.push(token)
             yield Piece(index, text, token, scores.get(at))
+
+
+def check_sampling(temperature: float, top_p: float, max_gen_len: int | None) -> None:
+    """ValueError where no prompt could be answered so: for programs, before they load a model."""
+    SamplingParams(temperature=temperature, top_p=top_p, max_tokens=_checked(max_gen_len))
+
+
+def _checked(max_gen_len: int | None) -> int | None:
+    whole = isinstance(max_gen_len, int) and not isinstance(max_gen_len, bool)
+    if max_gen_len is not None and not (whole and max_gen_len >= 0):
+        raise ValueError(f"max_gen_len is {max_gen_len!r}; it must be an int >= 0 or None")
+    return max_gen_len
 
 
 def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -> ModelArgs:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def _find_folder(path: Path) -> Path:
     """The folder that holds params.json and shards, or an error that says what is there instead."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such folder")
+    if path.is_dir():
+        os.listdir(path)  # raises where it may not be read, which looks like an empty one below
     if path.is_file():
         gguf = "; GGUF is not read yet by this version, Meta's files are"
         raise ValueError(
@@ -71,7 +74,7 @@ def _find_folder(path: Path) -> Path:
             f"needed{gguf if path.suffix == '.gguf' else ''}"
         )
     for folder in (path, path / "original"):
-        has_params = (folder / "params.json").exists()
+        has_params = os.path.lexists(folder / "params.json")
         has_shards = any(folder.glob("consolidated.*.pth"))
         if has_params and has_shards:
             return folder

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from llama.checkpoint.files import check_file
 from llama.model import ModelArgs, RopeScaling
 
 _INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
@@ -67,12 +68,9 @@ def _read_object(file: Path) -> dict[str, Any]:
             raise ValueError(f"the key {keys[0][0]!r:.40} comes twice")
         return dict(pairs)
 
+    check_file(file, largest=2**20)
     try:
-        if file.stat().st_size > 2**20:
-            raise ValueError("it is larger than 1 MiB")
         params = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
