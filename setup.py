@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
-        "cli": ["tqdm>=4.60"],
+        "cli": ["tqdm>=4.60", "rich>=12", "prompt_toolkit>=3.0.24"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "transformers>=4.50"],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },

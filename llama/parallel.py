@@ -32,29 +32,29 @@ GRACE = 2.0  # seconds that a step may take to end or fail by itself after that
 class Watch(threading.Thread):
     """Ends this process where it would wait for ever for a rank that is gone.
 
-    A collective of gloo fails when its partner dies. One of NCCL, or one over a cable that was
-    cut, just waits. So the ranks exchange a sign of life every second; when one is missing, and
-    this rank is inside a step that does not end, nothing that it waits for can come, and the
-    process exits. Between steps nothing is done: the next step will raise.
+    A collective of gloo fails when its partner dies. One of NCCL, or one over a cable that was cut,
+    just waits. So the ranks exchange a sign of life every second; when one is missing, and this
+    rank waits for the others and does not get on, nothing can come any more, and the process exits.
+    Where it does not wait for anybody nothing is done: it will notice when it does.
     """
 
     def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
         super().__init__(name="llama-watch", daemon=True)
         self.rank, self.size, self.group = rank, size, group
-        self.step_began: float | None = None
+        self.waiting_since: float | None = None
         self._leaving = threading.Event()
         atexit.register(self.leave)
 
     def run(self) -> None:
         try:
             while not self._leaving.wait(BEAT):
-                dist.all_reduce(torch.zeros(1), group=self.group)
+                dist.monitored_barrier(self.group, PATIENCE, wait_all_ranks=True)
         except RuntimeError as error:
-            began = self.step_began
+            began = self.waiting_since
             while not self._leaving.wait(GRACE):
-                if began is not None and began == self.step_began:
+                if began is not None and began == self.waiting_since:
                     self.end(str(error))
-                began = self.step_began
+                began = self.waiting_since
 
     def end(self, error: str) -> None:
         sys.stderr.write(lost(self.rank, self.size, error) + "\n")
@@ -87,11 +87,11 @@ class Ranks:
     watch: Watch | None = field(default=None, repr=False)
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Where ranks compute together: RuntimeError, or the end, when another one is gone."""
+    def together(self) -> Iterator[None]:
+        """Where ranks need each other: RuntimeError, or the end, when another one is gone."""
         try:
             if self.watch:
-                self.watch.step_began = time.monotonic()
+                self.watch.waiting_since = time.monotonic()
             yield
         except RuntimeError as error:
             gone = isinstance(error, dist.DistError) or "peer" in str(error)
@@ -100,7 +100,7 @@ class Ranks:
             raise
         finally:
             if self.watch:
-                self.watch.step_began = None
+                self.watch.waiting_since = None
 
     def exchange(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's `values` (equally many on each), in order of rank: one small collective.
@@ -111,11 +111,17 @@ class Ranks:
             return [list(values)]
         mine = torch.tensor(list(values), dtype=torch.int64)
         theirs = [torch.empty_like(mine) for _ in range(self.size)]
-        try:
+        with self.together():
             dist.all_gather(theirs, mine, group=self.control)
-        except RuntimeError as error:
-            raise RuntimeError(lost(self.rank, self.size, str(error))) from error
         return [t.tolist() for t in theirs]
+
+    def tell(self, message: bytes = b"") -> bytes:
+        """Rank 0's message, on every rank; what the others pass is not looked at.
+
+        Two collectives, which wait for rank 0 as long as it lives.
+        """
+        size = self.exchange([len(message)])[0][0]
+        return bytes(self.exchange(message.ljust(size, b"\0")[:size])[0])
 
     def agree(self, problem: Exception | None, doing: str) -> None:
         """Raise on every rank if any has a `problem`: nobody waits for one that gave up."""

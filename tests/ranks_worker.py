@@ -47,7 +47,13 @@ def law(out, tokenizer, *folders):
         before = anonymous_memory()
         llama = build(folder, tokenizer)
         built = anonymous_memory() - before
-        results[folder] = {**answers(llama), "held": held(llama.model), "memory": built}
+        results[folder] = {
+            **answers(llama),
+            "held": held(llama.model),
+            "memory": built,
+            "local_rank": int(os.environ["LOCAL_RANK"]),
+            "main": llama.is_main,
+        }
     Path(out, f"rank{rank}.json").write_text(json.dumps(results))
 
 

@@ -27,19 +27,27 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 
 # Rooms from the ground up. A room imports from lower floors only, or from itself.
 FLOORS = (
-    {"cache", "parallel", "sampling", "tokenizer", "llama2", "progress", "cli"},
-    {"model", "streaming"},
+    {"cache", "parallel", "sampling", "tokenizer", "llama2", "progress", "cli", "terminal"},
+    {"model", "streaming", "conversation", "verify"},
     {"checkpoint"},
     {"quantization"},
     {"cuda"},
     {"engine"},
     {"generation"},
     {""},  # llama/__init__.py
+    {"chat", "perplexity"},
     {"__main__", "server", "demo"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ONLY = {"model": {"cache", "parallel"}, "streaming": {"tokenizer"}}
-NO_TORCH = {"tokenizer", "llama2", "streaming", "progress", "cli"}
+ONLY = {
+    "model": {"cache", "parallel"},
+    "streaming": {"tokenizer"},
+    "conversation": {"tokenizer"},
+    "verify": {"progress"},
+}
+NO_TORCH = {
+    "tokenizer", "llama2", "streaming", "progress", "verify", "cli", "terminal", "conversation",
+}  # fmt: skip
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along
 PROGRAMS = ("llama.__main__", "llama.demo")  # what people run: may print

@@ -22,6 +22,7 @@ from llama.checkpoint.meta import open_meta, write_meta
 from llama.checkpoint.names import groups, local_shape, local_slice
 from llama.checkpoint.plan import Plan, check, check_memory, free_memory, make_plan
 from llama.checkpoint.random import random_checkpoint
+from llama.checkpoint.resharding import reshard
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part, mapped_parts
 from llama.checkpoint.staging import Stager
 from llama.model import RopeScaling, Transformer
@@ -40,6 +41,7 @@ __all__ = [
     "make_plan",
     "open_checkpoint",
     "random_checkpoint",
+    "reshard",
     "write_meta",
 ]
 
