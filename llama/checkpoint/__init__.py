@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from llama.checkpoint.meta import open_meta, write_meta
 from llama.checkpoint.names import groups, local_shape, local_slice
@@ -123,7 +122,7 @@ def load(
     """
     device = torch.device(device)
     wanted = _wanted_dtype(checkpoint, device, dtype)
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"):
         model = Transformer(dataclasses.replace(checkpoint.args), ranks)
     names = {name for name, _ in model.named_parameters()}
     assert names == set(checkpoint.tensors), names ^ set(checkpoint.tensors)
@@ -146,25 +145,6 @@ def load(
     unplaced = [name for name, p in model.named_parameters() if p.is_meta]
     assert not unplaced, unplaced
     return model.eval()
-
-
-class _NoInit(TorchFunctionMode):
-    """Layers are made without their random values, which would be replaced.
-
-    On meta there is nothing to fill, but torch would import its compiler for it: 1.2 s and 67 MB.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        given = kwargs or {}
-        if func in (nn.init.normal_, nn.init.kaiming_uniform_):
-            return given["tensor"] if "tensor" in given else args[0]
-        return func(*args, **given)
 
 
 def _wanted_dtype(
