@@ -4,6 +4,7 @@ torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir llama/demo
 """
 
 from llama import Dialog, Llama, cli
+from llama.generation import check_sampling
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "Hello! How are you?"}],
@@ -50,6 +51,7 @@ def main(
         max_gen_len: tokens of an answer at most; by default all that max_seq_len leaves.
         seed: another number gives other samples.
     """
+    check_sampling(temperature, top_p, max_gen_len)  # before anything is loaded
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed)
     results = llama.chat_completion(DIALOGS, temperature, top_p, max_gen_len)
     if llama.is_main:

@@ -4,6 +4,7 @@ torchrun --nproc_per_node 1 example_text_completion.py --ckpt_dir llama/demo
 """
 
 from llama import Llama, cli
+from llama.generation import check_sampling
 
 PROMPTS = [
     "The capital of Italy is",
@@ -37,6 +38,7 @@ def main(
         max_gen_len: tokens of a continuation at most; None for all that max_seq_len leaves.
         seed: another number gives other samples.
     """
+    check_sampling(temperature, top_p, max_gen_len)  # before anything is loaded
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed)
     results = llama.text_completion(PROMPTS, temperature, top_p, max_gen_len)
     if llama.is_main:

@@ -56,6 +56,11 @@ def info(
     checkpoint = open_checkpoint(ckpt_dir)
     kind = as_dtype(dtype) or checkpoint.dtype
     args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
+    if model_parallel_size not in args.rank_counts():
+        raise ValueError(
+            f"model_parallel_size={model_parallel_size}: these numbers of ranks can share this "
+            f"model: {args.rank_counts()}"
+        )
     rows = {
         "family": checkpoint.family,
         "parameters": f"{checkpoint.parameters:,}",
@@ -397,7 +402,7 @@ COMMANDS: dict[str, cli.Command] = {
 def main() -> None:
     if len(sys.argv) > 1:
         return cli.run(COMMANDS, "python -m llama")
-    print("python -m llama COMMAND ...   (COMMAND --help says more)")
+    print("python -m llama COMMAND ...   (COMMAND --help says more; --debug shows tracebacks)")
     for name, command in COMMANDS.items():
         print(f"  {name:10}  {(command.__doc__ or '').splitlines()[0]}")
 

@@ -26,11 +26,13 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
     Parameters annotated `str` or `str | None` get their argument as it was typed, and those
     annotated `tuple[str, ...]` all that were given under their name. ValueError and OSError, which
     is how this library says that something given does not work, and ImportError, which names an
-    extra that is not installed, end the process with their sentence on stderr and status 1; a
+    extra that is not installed, end the process with their sentence on stderr and status 1, or with
+    their traceback where `--debug` is among the arguments; a
     command line that does not fit, with fire's usage and status 2; Ctrl-C and a reader who leaves a
     pipe, with no words. `name` is what the usage calls this program; None: the file's name.
     """
-    arguments = sys.argv[1:]
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     chosen: list[Callable[[], None]] = []
 
     def choosing(command: Command) -> Command:
@@ -65,7 +67,17 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(str(error))
+        if debug:
+            raise
+        sys.exit(_sentence(error))
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, in one line: names in a file that is not ours may hold anything."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def read_text(file: str | None) -> str:

@@ -28,6 +28,7 @@ from llama.tokenizer import Dialog, DialogFormat, IncrementalDecoder, Message, T
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQ_LEN = 8192
+LARGEST_PADDING = 256  # rows of a vocabulary that no token has
 Seed = int | Sequence[int] | None
 
 
@@ -182,7 +183,7 @@ class Llama:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             logit_bias=logit_bias,
-            max_tokens=max_gen_len,
+            max_tokens=_checked(max_gen_len),
             stop_token_ids=tuple(stop_token_ids or ()),
             prompt_logprobs=logprobs and echo,
         )
@@ -327,7 +328,7 @@ class Llama:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             logit_bias=logit_bias,
-            max_tokens=max_gen_len or None,
+            max_tokens=_checked(max_gen_len) or None,
         )
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         return self.stream(ids, base, seed=seed, stop=stop, logprobs=logprobs, echo=echo)
@@ -358,7 +359,7 @@ class Llama:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             logit_bias=logit_bias,
-            max_tokens=max_gen_len or None,
+            max_tokens=_checked(max_gen_len) or None,
         )
         ids, refused = [], {}
         for index, dialog in enumerate(dialogs):
@@ -496,6 +497,18 @@ class Llama:
         for at, token in enumerate(request.prompt):
             text = "" if token == self.tokenizer.bos_id else decoder.push(token)
             yield Piece(index, text, token, scores.get(at))
+
+
+def check_sampling(temperature: float, top_p: float, max_gen_len: int | None) -> None:
+    """ValueError where no prompt could be answered so: for programs, before they load a model."""
+    SamplingParams(temperature=temperature, top_p=top_p, max_tokens=_checked(max_gen_len))
+
+
+def _checked(max_gen_len: int | None) -> int | None:
+    whole = isinstance(max_gen_len, int) and not isinstance(max_gen_len, bool)
+    if max_gen_len is not None and not (whole and max_gen_len >= 0):
+        raise ValueError(f"max_gen_len is {max_gen_len!r}; it must be an int >= 0 or None")
+    return max_gen_len
 
 
 def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -> ModelArgs:

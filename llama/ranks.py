@@ -7,24 +7,40 @@ for a gap would shift every special token.
 
 import base64
 import binascii
+import os
+import stat
 
 from tiktoken.load import read_file
+
+_LARGEST_FILE = 2**24  # bytes; Meta's has 2,183,982
 
 
 def read_bytes(path: str) -> bytes:
     """A tokenizer file: a local path, an http(s) URL or a bucket that blobfile opens."""
     try:
+        if "://" not in path:
+            _check_file(path)
         return read_file(path)
-    except IsADirectoryError:
-        raise ValueError(
-            f"{path} is a directory: give the path of the tokenizer.model in it"
-        ) from None
-    except OSError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # blobfile's errors are of no kind, and requests' are OSErrors
         # requests' error for a page that is not there is an OSError with the server's answer
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, FileNotFoundError) or status == 404:
             raise FileNotFoundError(f"no tokenizer file at {path}") from None
-        raise
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(f"{path}: cannot be read: {why:.200}") from error
+
+
+def _check_file(path: str) -> None:
+    """ValueError for what reading would wait for, or would fill the memory with."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path} is a directory: give the path of the tokenizer.model in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a file but a device or a pipe")
+    if status.st_size > _LARGEST_FILE:
+        raise ValueError(f"{path} has {status.st_size} bytes, which no tokenizer has")
 
 
 def parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
@@ -36,7 +52,7 @@ def parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
         if not line.strip():
             continue
         words = line.split()
-        if len(words) != 2 or not words[1].isdigit():
+        if len(words) != 2 or not words[1].isdigit() or len(words[1]) > 9:
             raise ValueError(f"{path}, line {number}: not `base64 rank`: {_shown(line)}")
         try:
             token, rank = base64.b64decode(words[0], validate=True), int(words[1])

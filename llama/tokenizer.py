@@ -65,6 +65,7 @@ _STOP_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
 
+
 _PATTERN = "|".join(
     (
         r"(?i:'(?:[sdmt]|ll|ve|re))",  # contractions, in either case

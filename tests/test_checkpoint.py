@@ -515,7 +515,7 @@ WRONG_TENSORS = {
     "dtype": (put("norm.weight", torch.ones(64, dtype=torch.int8)), r"norm\.weight is torch\.int8"),
     "float8": (put("norm.weight", torch.ones(64).to(torch.float8_e5m2)), "float8_e5m2; these"),
     "float64": (put("norm.weight", torch.ones(64).double()), "is torch.float64; these are read"),
-    "sparse": (put("norm.weight", torch.ones(64).to_sparse()), "not stored as a plain"),
+    "sparse": (put("norm.weight", torch.ones(64).to_sparse()), "other than plain tensors"),
     "strides": (put("norm.weight", torch.ones(1).expand(64)), "not stored as a plain"),
     "no tensor": (put("norm.weight", 3), "norm.weight is no tensor but int"),
     "no names": (put(5, torch.ones(2)), "holds no tensors by name"),
@@ -557,9 +557,14 @@ def test_every_shard_is_held_to_the_same(tmp_path):
 
 def test_shards_that_disagree_on_a_norm_are_mentioned(tmp_path, caplog):
     write(tmp_path, shards=2)
-    edit_shard(tmp_path, put("norm.weight", torch.zeros(64).bfloat16()), 1)
+    name = "layers.1.ffn_norm.weight"
+    norm = torch.load(tmp_path / "consolidated.00.pth")[name]
+    edit_shard(tmp_path, put(name, norm * (1 + 2**-7)), 1)
     open_checkpoint(tmp_path)
-    assert "differ in norm.weight" in caplog.text
+    assert "differ in their norms" in caplog.text
+    edit_shard(tmp_path, put(name, norm * 1.1), 1)
+    with pytest.raises(ValueError, match=r"01\.pth is of another model than consolidated\.00"):
+        open_checkpoint(tmp_path)
 
 
 def test_derived_tensors_are_skipped_by_name(tmp_path, caplog):
@@ -671,7 +676,7 @@ def test_shards_are_numbered_without_gaps(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"consolidated\.02\.pth is missing, of 4"):
         open_checkpoint(tmp_path)
     (tmp_path / "consolidated.2.pth").mkdir()
-    with pytest.raises(ValueError, match=r"consolidated\.2\.pth is not a file"):
+    with pytest.raises(ValueError, match=r"consolidated\.2\.pth is not a file but a folder"):
         open_checkpoint(tmp_path)
     (tmp_path / "consolidated.2.pth").rmdir()
     (tmp_path / "kept").rename(tmp_path / "consolidated.02.pth")

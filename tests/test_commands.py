@@ -117,7 +117,7 @@ def test_stop_may_be_given_several_times_and_is_text_as_typed(shell, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--file", "nowhere"], "[Errno 2] No such file or directory: 'nowhere'"),
+        (["--file", "nowhere"], "nowhere: No such file or directory"),
         (["ab", "--file", "x"], "give either a text or --file"),
         (["ab", "--temperature", "-1"], "temperature is -1; it must be a number >= 0"),
         (["ab", "--top_p", "0"], "top_p is 0; it must be a number > 0 and <= 1"),
@@ -179,7 +179,7 @@ def test_tokenize_shows_a_line_for_each_token(shell, folder, tmp_path):
         (["--decode", "99999"], "token id 99999 is outside the vocabulary, 0 to 511"),
         (["a", "--decode", "1"], "give either a text or --decode"),
         (["a", "--file", "b"], "give either a text or --file"),
-        (["--file", "nowhere"], "[Errno 2] No such file or directory: 'nowhere'"),
+        (["--file", "nowhere"], "nowhere: No such file or directory"),
     ],
 )
 def test_tokenize_says_what_is_wrong(shell, folder, arguments, message):
@@ -220,7 +220,9 @@ def test_perplexity_prints_what_it_did(shell, folder, tmp_path):
         assert error == f"{message}{error[len(message) :]}"
     file.write_bytes(b"")
     assert shell("perplexity", folder, file)[2].startswith("the text is empty")
-    assert shell("perplexity", folder, tmp_path / "no")[2].startswith("[Errno 2] No such file")
+    assert shell("perplexity", folder, tmp_path / "no")[2].endswith(
+        "no: No such file or directory\n"
+    )
 
 
 # ---- reshard

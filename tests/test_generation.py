@@ -293,7 +293,7 @@ def test_text_prompts_get_one_begin_of_text_token(scripted):
             "prompt 1: the prompt has 64 tokens and max_seq",
         ),
         (lambda m: m.generate([[1], [512]], 5), "prompt 1: the prompt has token id 512"),
-        (lambda m: m.generate([[1]], -1), "max_tokens is -1"),
+        (lambda m: m.generate([[1]], -1), "max_gen_len is -1"),
         (lambda m: m.generate([[1]], 5, -1.0), "temperature is -1.0"),
         (lambda m: m.generate([[1]], 5, 0.6, 0.0), "top_p is 0.0"),
         (lambda m: m.generate([[1]], 5, 0.6, 1.1), "top_p is 1.1"),

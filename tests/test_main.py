@@ -188,7 +188,10 @@ def test_info_takes_a_path_as_typed(tmp_path, monkeypatch, shell, capsys, name):
         (["--max_seq_len", "4096"], "max_seq_len=4096: the model's context is 2048 tokens"),
         (["--max_batch_size", "many"], "--max_batch_size is 'many'; it must be a whole number\n"),
         (["--dtype", "int8"], "dtype='int8': use one of float32, bfloat16, float16"),
-        (["--model_parallel_size", "3"], "3 ranks cannot share this model, these numbers can: "),
+        (
+            ["--model_parallel_size", "3"],
+            "model_parallel_size=3: these numbers of ranks can ",
+        ),
         (["--max_batch_size", "0"], "max_batch_size=0: must be a positive whole number"),
         (["--max_seq_len", "1,2"], "--max_seq_len is (1, 2); it must be a whole number or None\n"),
     ],

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def open_checkpoint(
     overrides = {} if rope_scaling is None else _rope_override(rope_scaling)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such folder")
+    if path.is_dir():
+        os.listdir(path)  # raises where it may not be read, which looks like an empty one below
     if path.is_file():
         if path.suffix == ".gguf":
             return open_gguf(path, overrides)
@@ -90,7 +93,7 @@ def open_checkpoint(
 def _find_meta(path: Path) -> Path | None:
     """The folder that holds params.json and shards; None where there is neither."""
     for folder in (path, path / "original"):
-        has_params = (folder / "params.json").exists()
+        has_params = os.path.lexists(folder / "params.json")
         has_shards = any(folder.glob("consolidated.*.pth"))
         if has_params and has_shards:
             return folder

@@ -1,34 +1,37 @@
 """Meta's files, read and written: params.json and consolidated.NN.pth.
 
-Reading maps the files and looks at names, shapes and dtypes only; no weight is touched. Knows
-neither devices nor ranks, and executes nothing that a file says (weights_only). The surprising
-thing: tied matrices carry no mark in these files; that output.weight shares its storage with
-tok_embeddings.weight is how Meta's 1B and 3B say it.
+Reading maps the files and looks at names, shapes and dtypes; of the weights only at those few that
+tell shards of one model apart. Knows neither devices nor ranks. The surprising thing: tied matrices
+carry no mark in these files; that output.weight shares its storage with tok_embeddings.weight is
+how Meta's 1B and 3B say it.
 """
 
 import functools
 import json
 import logging
 import math
-import pickle
+import os
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama.checkpoint.files import check_file
 from llama.checkpoint.names import ignored, shapes, shard_dim
 from llama.checkpoint.params import complete, make_args, params_of, read_params
 from llama.checkpoint.pth import Entry, write_pth
+from llama.checkpoint.shard import map_shard
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part
 from llama.model import ModelArgs
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# In no two shards of a model the same, of the same width in all of them
+_CUT = ("layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight")
 
 
 class _Shards(LazyTensor):
@@ -69,7 +72,7 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     """
     files = find_shards(path)
     stated = read_params(path / "params.json") | dict(overrides)
-    shards = [_map_shard(file) for file in files]
+    shards = [map_shard(file) for file in files]
     params = complete(stated, path / "params.json", _vocabulary(shards), shards[0])
     args = make_args(params, path / "params.json")
     _check_names(args, shards, files)
@@ -83,15 +86,15 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     skipped = {name: reason for name in shards[0] if (reason := ignored(name)) is not None}
     if args.tied and "output.weight" in shards[0]:
         skipped["output.weight"] = "shares the storage of tok_embeddings.weight"
+    _check_count(args, shards, files)
     tensors = {
         name: _join(name, shape, [shard[name] for shard in shards], path)
         for name, shape in shapes(args).items()
         if name in shards[0] and name not in skipped
     }
-    if any(not torch.equal(shards[0]["norm.weight"], s["norm.weight"]) for s in shards[1:]):
-        logger.warning("%s: the shards differ in norm.weight; are all of one model?", path)
+    _check_siblings(shards, files)
     counted = params["vocab_size"] != stated.get("vocab_size")  # Llama 1 or 2, which Meta packed so
-    tokenizers = (folder / "tokenizer.model" for folder in (path, *[path.parent] * counted))
+    tokenizers = [folder / "tokenizer.model" for folder in (path, *[path.parent] * counted)]
     return Checkpoint(
         args=args,
         tensors=tensors,
@@ -99,7 +102,7 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         path=path,
         shards=len(shards),
         skipped=skipped,
-        tokenizer_path=next((file for file in tokenizers if file.is_file()), None),
+        tokenizer_path=next((file for file in tokenizers if os.path.lexists(file)), None),
     )
 
 
@@ -122,8 +125,7 @@ def find_shards(path: Path) -> list[Path]:
             raise ValueError(
                 f"{file} and {found[int(match[1])].name} are both shard {int(match[1])}"
             )
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file")
+        check_file(file)
         found[int(match[1])] = file
     missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
     if missing:
@@ -134,50 +136,6 @@ def find_shards(path: Path) -> list[Path]:
 
 
 # --- shards ---------------------------------------------------------------------------------------
-
-
-def _map_shard(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file, as views of its mapping."""
-    try:
-        with file.open("rb") as stream:
-            head = stream.read(512)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    if not head:
-        raise ValueError(f"{file}: is empty; download it again")
-    if head.lstrip().startswith(b"<"):
-        raise ValueError(f"{file}: is a web page or XML, no weights; download it again")
-    if not head.startswith(b"PK\x03\x04"):
-        raise ValueError(f"{file}: is no file that torch.save writes (a zip archive)")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("it is compressed, which cannot be mapped")
-        shard = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file}: holds something other than plain tensors, or is broken; nothing in it was run"
-        ) from error
-    except (zipfile.BadZipFile, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
-            EOFError, AssertionError, OSError, OverflowError, MemoryError) as error:  # fmt: skip
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file}: is cut short or broken ({why:.120})") from error
-    if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
-        raise ValueError(f"{file}: holds no tensors by name")
-    for name, tensor in shard.items():
-        _check_tensor(name, tensor, file)
-    return shard
-
-
-def _check_tensor(name: str, tensor: object, file: Path) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{file}: {name} is no tensor but {type(tensor).__name__}")
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_contiguous():
-        raise ValueError(f"{file}: {name} is not stored as a plain, contiguous tensor")
-    if tensor.dtype not in _DTYPES:
-        raise ValueError(
-            f"{file}: {name} is {tensor.dtype}; these are read: {', '.join(map(str, _DTYPES))}"
-        )
 
 
 def _check_names(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[Path]) -> None:
@@ -203,7 +161,47 @@ def _check_names(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[P
             raise ValueError(f"{file} and {files[0].name} differ in whether they hold {_some(odd)}")
 
 
+def _check_count(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[Path]) -> None:
+    """Where the tensors of every shard agree on being one part of so many, so many are there."""
+    full = shapes(args)
+    cuts = {
+        full[name][0] / shard[name].shape[0]
+        for name in (*_CUT, "output.weight")
+        for shard in shards
+        if name in shard and shard[name].ndim == 2 and shard[name].shape[0]
+    }
+    parts = cuts.pop() if len(cuts) == 1 else 0.0
+    if parts > len(files) and parts.is_integer():
+        missing = files[0].with_name(f"consolidated.{len(files):02}.pth")
+        raise FileNotFoundError(
+            f"{missing} is missing: {len(files)} of {parts:.0f} shards are here"
+        )
+    if 1 <= parts < len(files) and parts.is_integer():
+        extra = files[int(parts)]
+        raise ValueError(f"{extra} is too many: the model is cut into {parts:.0f}; remove it")
+
+
+def _check_siblings(shards: list[dict[str, Tensor]], files: list[Path]) -> None:
+    """What all shards of a model share is the same in each, and what is cut is not.
+
+    Norms are held whole by every shard. Copies that training let drift apart by a rounding are
+    mentioned; anything more is another model.
+    """
+    norms = [name for name in shards[0] if name.endswith("norm.weight")]
+    for file, shard in zip(files[1:], shards[1:], strict=True):
+        pairs = [(shards[0][name].float(), shard[name].float()) for name in norms]
+        if not all(torch.allclose(*pair, rtol=0.05) for pair in pairs):
+            raise ValueError(f"{file} is of another model than {files[0].name}: its norms differ")
+        if not all(torch.equal(*pair) for pair in pairs):
+            logger.warning("%s and %s differ in their norms; one model?", file, files[0].name)
+    rows = [torch.stack([shard[name][0] for name in _CUT]) for shard in shards]
+    for (file, first), (other, second) in combinations(zip(files, rows, strict=True), 2):
+        if first.any() and torch.equal(first, second):
+            raise ValueError(f"{other} is the same as {file.name}, under another number")
+
+
 def _some(names: list[str]) -> str:
+    names = [name if len(name) <= 80 else f"{name[:80]}..." for name in names]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

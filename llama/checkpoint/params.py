@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from llama.checkpoint.files import check_file
 from llama.model import ModelArgs, RopeScaling
 from llama.strict_json import read_json
 
@@ -38,6 +39,7 @@ _LARGEST = 2**31  # of any number: more is a mistake, and nothing may be counted
 
 def read_params(file: Path) -> dict[str, Any]:
     """What params.json says, every key known and every value of its type, else ValueError."""
+    check_file(file)
     params = read_json(file)
     for key in params:
         for pattern, what in _REFUSED.items():

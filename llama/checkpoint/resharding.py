@@ -41,8 +41,7 @@ def reshard(
     elif isinstance(tokenizer := checkpoint.open_tokenizer(), Tokenizer):
         ranks = ranks_file(tokenizer)
     dst = Path(dst)
-    part = dst.with_name(dst.name + ".part")
-    _check_target(dst, part)
+    part = _beside(dst)
     wanted = dtype or checkpoint.dtype
     size = checkpoint.parameters * wanted.itemsize
     existing = next(folder for folder in dst.absolute().parents if folder.exists())
@@ -66,13 +65,17 @@ def reshard(
     return dst
 
 
-def _check_target(dst: Path, part: Path) -> None:
+def _beside(dst: Path) -> Path:
+    """The folder DST.part; FileExistsError where one of the two is in use."""
     if dst.exists() and not dst.is_dir():
         raise FileExistsError(f"{dst} is a file; give a new or empty folder")
     if dst.is_dir() and any(dst.iterdir()):
         raise FileExistsError(f"{dst} is not empty; give a new or empty folder")
+    named = dst if dst.name else dst.absolute()  # "." is not
+    part = named.with_name(named.name + ".part")
     if part.exists():
         raise FileExistsError(f"{part} is left of a run that was interrupted; remove it first")
+    return part
 
 
 def _write_checklist(folder: Path, advance: Callable[[int], object]) -> None:
