@@ -336,13 +336,10 @@ def convert(
         type: q8_0 or q4_0, for gguf: quantizes the matrices.
         adapter: folder of a LoRA adapter, which is added to the weights.
     """
-    kinds = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-    if dtype is not None and dtype not in kinds:
-        raise ValueError(f"dtype {dtype!r}: use one of {', '.join(kinds)}")
+    kind = as_dtype(dtype)
     checkpoint = open_checkpoint(src)
     if adapter is not None:
         checkpoint = merge_adapter(checkpoint, adapter)
-    kind = kinds[dtype] if dtype else None
     write_format(checkpoint, dst, format, shards=shards, dtype=kind, type=type, show_progress=True)
     print(f"{dst}: {checkpoint.parameters:,} parameters, {type or _name(kind or checkpoint.dtype)}")
 

@@ -98,7 +98,7 @@ class Llama:
         if tokenizer is None:
             raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
         args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
-        check_vocabulary(tokenizer, args)
+        check_vocabulary(tokenizer, args, tokenizer_path or checkpoint.tokenizer_path or ckpt_dir)
         formatter = choose_format(tokenizer, checkpoint.chat_template)
         checkpoint = replace(checkpoint, args=args)
         kind = as_dtype(dtype) or checkpoint.dtype
@@ -527,27 +527,31 @@ def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -
     return replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
 
 
-def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs) -> None:
+def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs, path: object) -> None:
     """ValueError where tokenizer and model cannot belong together.
 
-    A model may have a few rows more than its tokenizer has tokens, at most one in 64: padding, or
-    tokens that were added to it.
+    A model may have a few rows more than its tokenizer has tokens: padding, or tokens that were
+    added to it. With more missing than that, special tokens, which follow the ranks, would be other
+    ones.
     """
-    if not 0 <= args.vocab_size - tokenizer.n_words <= tokenizer.n_words // 64:
+    spare = min(LARGEST_PADDING, tokenizer.n_words // 64)
+    if not 0 <= args.vocab_size - tokenizer.n_words <= spare:
         raise ValueError(
-            f"the tokenizer has {tokenizer.n_words} tokens and the model {args.vocab_size}: "
-            "they belong to different models"
+            f"{path}: the tokenizer has {tokenizer.n_words} tokens and the model "
+            f"{args.vocab_size}: they belong to different models"
         )
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype from its name; ValueError for one that models are not run in."""
+    """A dtype from its name, also from the short ones f32, bf16 and f16; ValueError for one that
+    models are not run in."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    short = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
     if dtype is None or dtype in known.values():
         return dtype  # type: ignore[return-value]
-    if str(dtype) not in known:
+    if str(dtype) not in known | short:
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(known)}")
-    return known[str(dtype)]
+    return (known | short)[str(dtype)]
 
 
 def chunk_rows(device: torch.device) -> int:

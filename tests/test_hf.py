@@ -578,7 +578,7 @@ def test_convert_there_and_back(folders, capsys):
     for options, message in (
         (dict(format="onnx"), "format 'onnx': use one of meta, hf"),
         (dict(format="hf", shards=2), "shards=2: only Meta's format"),
-        (dict(format="hf", dtype="int3"), "dtype 'int3': use one of bf16"),
+        (dict(format="hf", dtype="int3"), "dtype='int3': use one of float32"),
     ):
         with pytest.raises(ValueError, match=message):
             convert(str(folders / "meta"), str(folders / "d"), **options)

@@ -418,7 +418,7 @@ for wrong, changes, why in (
 
 for wrong, text, why in (
     ("empty", "", "is not the JSON it should be"),
-    ("a list", "[1, 2]", "needs to be an object"),
+    ("a list", "[1, 2]", "is not the JSON it should be: it needs to be an object"),
     ("not JSON", "dim: 64", "is not the JSON it should be"),
     ("duplicate keys", '{"dim": 64, "dim": 128}', ".*the key 'dim' comes twice"),
     ("nested without end", "[" * 10**5, "is not the JSON it should be"),
@@ -757,6 +757,9 @@ OPTIONS = {
         ("1.5", r"^--stride is 1\.5; it must be a whole number or None$"),
         ("0", "stride.* 0[,;:]"),
     ),
+    "format": (TEXT, ("pdf", "^format 'pdf': use one of meta, hf, gguf$")),
+    "type": (TEXT, ("q5_k", "^type='q5_k': only gguf has types, and these are written: ")),
+    "adapter": (TEXT, ("nowhere", "^nowhere")),
     "src": (TEXT, ("nowhere", "^nowhere: there is no such folder$")),
     "dst": (TEXT, (".", r"^\. is not empty; give a new or empty folder$")),
     "shards": (
@@ -781,7 +784,7 @@ def test_a_bad_argument_is_one_sentence_and_nothing_is_loaded(
 ):
     """A new option without an entry in OPTIONS fails here."""
     works = {"ckpt_dir": good[1], "src": good[1], "dst": tmp_path / "new", "shards": 2,
-             "text_file": ROOT / "README.md", "text": "Hello"}  # fmt: skip
+             "text_file": ROOT / "README.md", "text": "Hello", "format": "meta"}  # fmt: skip
     for name in {option} | ({"text"} if option in ("file", "decode") else set()):
         works.pop(name, None)
     names = signature(PROGRAMS[program]).parameters

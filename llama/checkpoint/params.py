@@ -39,7 +39,7 @@ _LARGEST = 2**31  # of any number: more is a mistake, and nothing may be counted
 
 def read_params(file: Path) -> dict[str, Any]:
     """What params.json says, every key known and every value of its type, else ValueError."""
-    check_file(file)
+    check_file(file, largest=2**20)
     params = read_json(file)
     for key in params:
         for pattern, what in _REFUSED.items():
