@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
-        "cli": ["tqdm>=4.60"],
+        "cli": ["tqdm>=4.60", "rich>=12", "prompt_toolkit>=3.0.24"],
         "gguf": ["gguf>=0.10"],
         "llama2": ["sentencepiece>=0.2"],
         "test": [

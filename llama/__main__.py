@@ -5,17 +5,36 @@ surprising thing: `info` reads no weights and touches no GPU, so it answers at o
 also for one that this machine could never hold.
 """
 
+import json as json_format
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from llama import chat as talking
 from llama import cli
-from llama.checkpoint import Checkpoint, check, free_memory, make_plan, open_checkpoint
+from llama.checkpoint import (
+    Checkpoint,
+    check,
+    free_memory,
+    make_plan,
+    merge_adapter,
+    open_checkpoint,
+)
+from llama.checkpoint import convert as write_format
+from llama.checkpoint import reshard as write_shards
 from llama.checkpoint.source import mapped_parts
-from llama.generation import as_dtype, chunk_rows, with_limits
+from llama.generation import Llama, as_dtype, chunk_rows, with_limits
+from llama.llama2 import open_tokenizer
 from llama.model import RopeScaling
-from llama.parallel import Ranks
+from llama.parallel import Ranks, local_device
+from llama.perplexity import check_window, default_window, score
+from llama.sampling import SamplingParams
+from llama.verify import verify as find_problems
+
+DEMO = str(Path(__file__).parent / "demo")
 
 
 def info(
@@ -28,7 +47,7 @@ def info(
     """Say what lies in a folder of weights, and what running it would take.
 
     Args:
-        ckpt_dir: folder with params.json and consolidated.NN.pth, or a .gguf file.
+        ckpt_dir: folder of weights, Meta's or Hugging Face's, or a .gguf file.
         max_batch_size: sequences that run at one time.
         max_seq_len: tokens of a sequence, prompt and answer; what Llama.build takes by default.
         dtype: float32, bfloat16 or float16; the checkpoint's own by default.
@@ -98,7 +117,281 @@ def _scaling(scaling: RopeScaling | None) -> str:
     )
 
 
-COMMANDS = {"info": info}
+def chat(
+    ckpt_dir: str = DEMO,
+    tokenizer_path: str | None = None,
+    max_seq_len: int | None = None,
+    max_gen_len: int | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    seed: int = 1,
+    system: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Talk with a model in the terminal, or line by line through a pipe.
+
+    Args:
+        ckpt_dir: folder of weights, Meta's or Hugging Face's; the demo by default.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
+        max_seq_len: tokens of the conversation that the model sees; what Llama.build takes.
+        max_gen_len: tokens of an answer at most; by default all that there is room for.
+        temperature: 0 takes the most probable token, more is more varied.
+        top_p: the share of probability that tokens are sampled from.
+        seed: another number gives other answers.
+        system: the system prompt.
+        device: cuda, cuda:N, mps or cpu; by default the first of them there is.
+        dtype: float32, bfloat16 or float16; the checkpoint's own by default.
+    """
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, max_tokens=_positive(max_gen_len, "max_gen_len")
+    )
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, seed=seed, device=device, dtype=dtype
+    )
+    about = "The demo, which knows a very small world. " if ckpt_dir == DEMO else ""
+    room = llama.engine.cache.max_seq_len
+    hello = f"{about}{room} tokens of context. /help lists what else can be done."
+    talking.chat(llama, params, system, hello)
+
+
+def complete(
+    text: str | None = None,
+    ckpt_dir: str = DEMO,
+    tokenizer_path: str | None = None,
+    file: str | None = None,
+    max_gen_len: int | None = 128,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    seed: int = 1,
+    stop: tuple[str, ...] = (),
+    max_seq_len: int | None = None,
+    json: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Continue a text, which is given here, in a file, or on standard input.
+
+    Args:
+        text: the beginning, as it is; without it and --file, standard input is read.
+        ckpt_dir: folder of weights, Meta's or Hugging Face's; the demo by default.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
+        file: read the beginning from here. One line end at its end is left out, as on standard
+            input.
+        max_gen_len: new tokens at most; None: all that there is room for.
+        temperature: 0 takes the most probable token, more is more varied.
+        top_p: the share of probability that tokens are sampled from.
+        seed: another number gives another text.
+        stop: end before this text; may be given several times.
+        max_seq_len: tokens of beginning and continuation; what Llama.build takes by default.
+        json: print one JSON object in place of the text.
+        device: cuda, cuda:N, mps or cpu; by default the first of them there is.
+        dtype: float32, bfloat16 or float16; the checkpoint's own by default.
+    """
+    limit = _positive(max_gen_len, "max_gen_len")
+    SamplingParams(temperature=temperature, top_p=top_p)  # says what is wrong before much is done
+    given = None if text is None and file is None else _given(text, file)
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, device=device, dtype=dtype)
+    if given is None:  # only one rank can read it
+        read = cli.read_text(None) if llama.is_main else ""
+        given = llama.model.ranks.tell(read.encode()).decode()
+    if text is None:
+        given = given.removesuffix("\n").removesuffix("\r")
+    pieces = llama.stream_text_completion([given], temperature, top_p, limit, seed=seed, stop=stop)
+    said, tokens, reason = "", 0, None
+    for piece in pieces:
+        said, tokens = said + piece.text, tokens + (piece.token is not None)
+        reason = piece.finish_reason
+        if llama.is_main and not json:
+            print(piece.text, end="", flush=True)
+    if llama.is_main and json:
+        print(json_format.dumps({"prompt": given, "generation": said, "finish_reason": reason,
+                                 "tokens": tokens}, ensure_ascii=False))  # fmt: skip
+    elif llama.is_main:
+        print()
+
+
+def tokenize(
+    text: str | None = None,
+    ckpt_dir: str = DEMO,
+    tokenizer_path: str | None = None,
+    file: str | None = None,
+    bos: bool = False,
+    decode: str | None = None,
+    json: bool = False,
+) -> None:
+    """Show the token ids of a text, or the text of token ids.
+
+    Args:
+        text: as it is; without it, --file and --decode, standard input is read, to its last byte.
+        ckpt_dir: folder with tokenizer.model or tokenizer.json; the demo by default.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
+        file: read the text from here.
+        bos: begin with the begin-of-text token.
+        decode: ids, with blanks or commas between them, whose text is printed.
+        json: print one JSON object.
+    """
+    tokenizer = open_tokenizer(tokenizer_path or _tokenizer_of(ckpt_dir))
+    if decode is not None:
+        if text is not None or file is not None:
+            raise ValueError("give either a text or --decode")
+        ids = _ids(decode)
+        whole = tokenizer.decode(ids)
+    else:
+        whole = _given(text, file)
+        ids = tokenizer.encode(whole, bos=bos, eos=False)
+    special = {number: name for name, number in tokenizer.special_tokens.items()}
+    pieces = [
+        special.get(i) or tokenizer.token_bytes(i).decode("utf-8", "backslashreplace") for i in ids
+    ]
+    if json:
+        found = {"text": whole, "count": len(ids), "ids": ids, "pieces": pieces}
+        print(json_format.dumps(found, ensure_ascii=False))
+    elif decode is not None:
+        print(whole)
+    else:
+        for number, piece in zip(ids, pieces, strict=True):
+            print(f"{number:7}  {json_format.dumps(piece, ensure_ascii=False)}")
+
+
+def perplexity(
+    ckpt_dir: str,
+    text_file: str,
+    tokenizer_path: str | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Say how well a model expects a text.
+
+    Args:
+        ckpt_dir: folder of weights, Meta's or Hugging Face's.
+        text_file: the text, in UTF-8.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
+        window: tokens that the model sees at one time, begin-of-text among them; by default 2048,
+            or the model's context where that is shorter.
+        stride: tokens by which the window moves on; by default half a window. Each token is
+            scored once, after at least window - 1 - stride others (but for the first window's).
+        device: cuda, cuda:N, mps or cpu; by default the first of them there is.
+        dtype: float32, bfloat16 or float16; the checkpoint's own by default.
+    """
+    text = cli.read_text(text_file)
+    if window is None:
+        window = default_window(open_checkpoint(ckpt_dir).args.context_length)
+    stride = check_window(window, stride)
+    slots = max(1, chunk_rows(local_device(device)) // window)  # what fills a step
+    llama = Llama.build(ckpt_dir, tokenizer_path, window, slots, device=device, dtype=dtype)
+    result = score(llama, text, window=window, stride=stride, show_progress=llama.is_main)
+    error = result.perplexity * result.error
+    rows = {
+        "text": f"{result.tokens} tokens, {result.size} bytes",
+        "windows": f"of {window} tokens, moved on by {stride}",
+        "mean": f"{result.mean:.6f} nats a token, standard error {result.error:.6f}",
+        "perplexity": f"{result.perplexity:.4f}, standard error {error:.4f}",
+        "bits per byte": f"{result.bits_per_byte:.6f}",
+    }
+    if llama.is_main:
+        for title, said in rows.items():
+            print(f"{title:15}  {said}")
+
+
+def reshard(src: str, dst: str, shards: int, dtype: str | None = None) -> None:
+    """Write a model in another number of files, in Meta's format.
+
+    Args:
+        src: folder of weights, Meta's or Hugging Face's.
+        dst: a new folder; nothing of that name stands there before everything is whole.
+        shards: how many files.
+        dtype: float32, bfloat16 or float16; the checkpoint's own by default.
+    """
+    checkpoint = open_checkpoint(src)
+    folder = write_shards(checkpoint, dst, shards=shards, dtype=as_dtype(dtype), show_progress=True)
+    size = sum(file.stat().st_size for file in folder.glob("consolidated.*.pth"))
+    print(f"{folder}: {shards} shard{'s' * (shards > 1)}, {size:,} bytes")
+
+
+def convert(
+    src: str,
+    dst: str,
+    format: str,
+    shards: int = 1,
+    dtype: str | None = None,
+    type: str | None = None,
+    adapter: str | None = None,
+) -> None:
+    """Write a model, and its tokenizer, in another format.
+
+    Args:
+        src: folder of weights, Meta's files or Hugging Face's, or a .gguf file.
+        dst: a new folder; for gguf, a new file.
+        format: meta (params.json and consolidated.NN.pth), hf (Hugging Face's) or gguf.
+        shards: how many files, in Meta's format.
+        dtype: bf16, f16 or f32; the checkpoint's own by default.
+        type: q8_0 or q4_0, for gguf: quantizes the matrices.
+        adapter: folder of a LoRA adapter, which is added to the weights.
+    """
+    kinds = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+    if dtype is not None and dtype not in kinds:
+        raise ValueError(f"dtype {dtype!r}: use one of {', '.join(kinds)}")
+    checkpoint = open_checkpoint(src)
+    if adapter is not None:
+        checkpoint = merge_adapter(checkpoint, adapter)
+    kind = kinds[dtype] if dtype else None
+    write_format(checkpoint, dst, format, shards=shards, dtype=kind, type=type, show_progress=True)
+    print(f"{dst}: {checkpoint.parameters:,} parameters, {type or _name(kind or checkpoint.dtype)}")
+
+
+def _positive(number: int | None, name: str) -> int | None:
+    """ValueError below 0; 0 means None, as in Meta's code."""
+    if number is not None and number < 0:
+        raise ValueError(f"--{name} is {number}; it must be a whole number above 0, or None")
+    return number or None
+
+
+def _given(text: str | None, file: str | None) -> str:
+    if text is not None and file is not None:
+        raise ValueError("give either a text or --file")
+    return cli.read_text(file) if text is None else text
+
+
+def _ids(text: str) -> list[int]:
+    words = re.findall(r"[^\s,\[\]]+", text)
+    wrong = [word for word in words if not word.isdecimal()]
+    if wrong:
+        raise ValueError(f"--decode has {wrong[0]!r}; it must be token ids, as in 1,2 or 1 2")
+    return [int(word) for word in words]
+
+
+def _tokenizer_of(ckpt_dir: str) -> str:
+    for name in ("tokenizer.model", "original/tokenizer.model", "tokenizer.json"):
+        if (Path(ckpt_dir) / name).is_file():
+            return str(Path(ckpt_dir) / name)
+    raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
+
+
+def verify(ckpt_dir: str = DEMO) -> None:
+    """Compare the files of a folder with its checklist.chk, and name those that differ.
+
+    Args:
+        ckpt_dir: folder with checklist.chk and the files it lists; the demo by default.
+    """
+    problems = find_problems(ckpt_dir)
+    if problems:
+        sys.exit("\n".join(problems))
+    print(f"{ckpt_dir}: all files are what the checklist says")
+
+
+COMMANDS: dict[str, cli.Command] = {
+    "chat": chat,
+    "complete": complete,
+    "convert": convert,
+    "info": info,
+    "perplexity": perplexity,
+    "reshard": reshard,
+    "tokenize": tokenize,
+    "verify": verify,
+}
 
 
 def main() -> None:
@@ -106,7 +399,7 @@ def main() -> None:
         return cli.run(COMMANDS, "python -m llama")
     print("python -m llama COMMAND ...   (COMMAND --help says more)")
     for name, command in COMMANDS.items():
-        print(f"  {name:8}  {(command.__doc__ or '').splitlines()[0]}")
+        print(f"  {name:10}  {(command.__doc__ or '').splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -7,24 +7,30 @@ flag that the function does not have. Here text stays as typed, and nothing runs
 
 import functools
 import inspect
+import json
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import fire
 
 Command = Callable[..., None]
+SEVERAL = tuple[str, ...]
 
 
 def run(commands: Command | Mapping[str, Command], name: str | None = None) -> None:
     """Call a function, or the one of several that is named first, with the arguments of the shell.
 
-    Parameters annotated `str` or `str | None` get their argument as it was typed. ValueError and
-    OSError, which is how this library says that something given does not work, and ImportError,
-    which names an extra that is not installed, end the process with their sentence on stderr and
-    status 1; a command line that does not fit, with fire's usage and status 2. `name` is what the
-    usage calls this program; None: the file's name.
+    Parameters annotated `str` or `str | None` get their argument as it was typed, and those
+    annotated `tuple[str, ...]` all that were given under their name. ValueError and OSError, which
+    is how this library says that something given does not work, and ImportError, which names an
+    extra that is not installed, end the process with their sentence on stderr and status 1; a
+    command line that does not fit, with fire's usage and status 2; Ctrl-C and a reader who leaves a
+    pipe, with no words. `name` is what the usage calls this program; None: the file's name.
     """
+    arguments = sys.argv[1:]
     chosen: list[Callable[[], None]] = []
 
     def choosing(command: Command) -> Command:
@@ -37,18 +43,68 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
                 _check(word, value, kinds.get(word, ()))
             chosen.append(functools.partial(command, *args, **kwargs))
 
-        texts = {word: str for word, kind in kinds.items() if str in kind}
+        several = _several(command)
+        texts = {w: _as_tuple if w in several else str for w, kind in kinds.items() if str in kind}
         return fire.decorators.SetParseFns(**texts)(choose)  # type: ignore[no-any-return]
 
     try:
         if isinstance(commands, Mapping):
-            fire.Fire({word: choosing(each) for word, each in commands.items()}, name=name)
+            first = commands.get(arguments[0]) if arguments else None
+            arguments = _gathered(arguments, _several(first) if first else [])
+            every = {word: choosing(each) for word, each in commands.items()}
+            fire.Fire(every, command=arguments, name=name)
         else:
-            fire.Fire(choosing(commands), name=name)
+            arguments = _gathered(arguments, _several(commands))
+            fire.Fire(choosing(commands), command=arguments, name=name)
         for call in chosen:
             call()
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
+
+
+def read_text(file: str | None) -> str:
+    """The text of a file, or of standard input, as it is; ValueError where it is not UTF-8."""
+    if file is None and sys.stdin.isatty():
+        sys.stderr.write("reading from the keyboard; Ctrl-D ends it\n")
+    data = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = "standard input" if file is None else file
+        raise ValueError(
+            f"{where} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}"
+        ) from None
+
+
+def _several(command: Command) -> list[str]:
+    return [word for word, hint in get_type_hints(command).items() if hint == SEVERAL]
+
+
+def _as_tuple(text: str) -> tuple[str, ...]:
+    return tuple(json.loads(text))
+
+
+def _gathered(arguments: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The arguments with all `--word text` of each word as one, in the form `_as_tuple` reads."""
+    found: dict[str, list[str]] = {}
+    rest, following = [], iter(arguments)
+    for argument in following:
+        flag, equals, text = argument.partition("=")
+        word = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or word not in words:
+            rest.append(argument)
+            continue
+        value = text if equals else next(following, None)
+        if value is None:
+            raise ValueError(f"{flag} needs a text after it")
+        found.setdefault(word, []).append(value)
+    return rest + [f"--{word}={json.dumps(texts)}" for word, texts in found.items()]
 
 
 def _check(word: str, value: object, kinds: tuple[type, ...]) -> None:

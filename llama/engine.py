@@ -39,6 +39,7 @@ class Request:
     finish_reason: str | None = None  # "stop", "length", or what cancel was given
     slot: int = -1
     cached: int = 0  # how many of prompt + tokens have their keys in the slot
+    reused: int = 0  # how many of them had when it came, of an earlier request
 
     @property
     def pending(self) -> int:
@@ -187,7 +188,7 @@ class Engine:
             # The slot that knows most of the prompt; else the lowest, to keep the live span short.
             known = {slot: self._known(slot, request) for slot in self._free}
             request.slot = min(self._free, key=lambda slot: (-known[slot], slot))
-            request.cached = known[request.slot]
+            request.cached = request.reused = known[request.slot]
             self._free.remove(request.slot)
             self._kept.pop(request.slot, None)
             self._running.append(request)

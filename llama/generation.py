@@ -7,22 +7,23 @@ ids.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 
-from llama.checkpoint import Checkpoint, load, open_checkpoint
+from llama.checkpoint import load, merge_adapter, open_checkpoint
 from llama.checkpoint.plan import check_memory
 from llama.engine import Engine, Event, Request
-from llama.llama2 import RefusedDialog, chat_format, open_tokenizer
+from llama.llama2 import RefusedDialog, chat_format
 from llama.model import ModelArgs, RopeScaling, Transformer
 from llama.parallel import join, local_device
 from llama.sampling import SamplingParams
 from llama.streaming import AnswerText, Piece, join_pieces, stop_strings
-from llama.tokenizer import Dialog, IncrementalDecoder, Message, TextTokenizer
+from llama.templates import choose_format
+from llama.tokenizer import Dialog, DialogFormat, IncrementalDecoder, Message, TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +63,17 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         rope_scaling: float | RopeScaling | None = None,
+        adapter: str | Path | None = None,
     ) -> "Llama":
         """Read a checkpoint into a model that is ready to answer.
 
         Args:
             ckpt_dir: folder with Meta's consolidated.*.pth and params.json, in any number of
-                shards; or a GGUF file, or the folder that holds one.
-            tokenizer_path: anything blobfile opens, of either kind; None: `tokenizer.model` in
-                ckpt_dir (for Llama 1 and 2 also in the folder above), or what the GGUF file says.
+                shards, or with Hugging Face's config.json and model*.safetensors; or a GGUF file,
+                or the folder that holds one.
+            tokenizer_path: anything blobfile opens, of any kind; None: `tokenizer.model` in
+                ckpt_dir (for Llama 1 and 2 also in the folder above), `tokenizer.json` there, or
+                what the GGUF file says.
             max_seq_len: tokens a sequence may have, prompt and answer; None: the model's context,
                 at most 8192 of it, since the cache is allocated in advance.
             max_batch_size: sequences that run at one time; more prompts than that wait in line.
@@ -79,6 +83,7 @@ class Llama:
             dtype: of weights, activations and cache, such as "float32"; None: the checkpoint's,
                 bfloat16 where its weights are quantized.
             rope_scaling: factor (or RopeScaling) instead of the one that belongs to the model.
+            adapter: folder of a LoRA adapter (PEFT's files), added to the weights as they are read.
 
         Raises ValueError or FileNotFoundError, before anything is allocated, for files that do not
         make a model, limits that do not fit it, or memory that does not suffice; ImportError where
@@ -86,9 +91,14 @@ class Llama:
         """
         where = local_device(device)
         checkpoint = open_checkpoint(ckpt_dir, rope_scaling=rope_scaling)
-        tokenizer = find_tokenizer(checkpoint, tokenizer_path)
+        if adapter is not None:
+            checkpoint = merge_adapter(checkpoint, adapter)
+        tokenizer = checkpoint.open_tokenizer(tokenizer_path)
+        if tokenizer is None:
+            raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
         args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
         check_vocabulary(tokenizer, args)
+        formatter = choose_format(tokenizer, checkpoint.chat_template)
         checkpoint = replace(checkpoint, args=args)
         kind = as_dtype(dtype) or checkpoint.dtype
         ranks = join(model_parallel_size, where)
@@ -101,19 +111,34 @@ class Llama:
         except Exception as error:
             problem = error
         ranks.agree(problem, "loading the model")
-        return Llama(model, tokenizer, seed=seed)
+        return Llama(
+            model,
+            tokenizer,
+            seed=seed,
+            formatter=formatter,
+            stop_token_ids=checkpoint.stop_token_ids,
+        )
 
-    def __init__(self, model: Transformer, tokenizer: TextTokenizer, *, seed: int = 1) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: TextTokenizer,
+        *,
+        seed: int = 1,
+        formatter: DialogFormat | None = None,
+        stop_token_ids: Collection[int] = (),
+    ) -> None:
+        """`formatter` None: the tokenizer family's; `stop_token_ids` are added to its own."""
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = chat_format(tokenizer)
+        self.formatter = formatter or chat_format(tokenizer)
         self.is_main = model.ranks.is_main
         args = model.params
         self.engine = Engine(
             model,
             max_batch_size=args.max_batch_size,
             max_seq_len=args.max_seq_len,
-            stop_token_ids=tokenizer.stop_tokens,
+            stop_token_ids=tokenizer.stop_tokens | set(stop_token_ids),
             seed=seed,
             chunk=chunk_rows(model.norm.weight.device),
         )
@@ -487,16 +512,6 @@ def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -
             f"max_seq_len={max_seq_len}: the model's context is {args.context_length} tokens"
         )
     return replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
-
-
-def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None) -> TextTokenizer:
-    """The tokenizer at `path`, or the one that came with the checkpoint."""
-    if path is None and checkpoint.tokenizer is not None:
-        return checkpoint.tokenizer()
-    path = path or checkpoint.tokenizer_path
-    if path is None:
-        raise FileNotFoundError(f"no tokenizer.model in {checkpoint.path}; give tokenizer_path")
-    return open_tokenizer(str(path), version="3.1" if checkpoint.args.rope_scaling else "3")
 
 
 def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs) -> None:

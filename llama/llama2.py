@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import Any, Literal
 
 from llama.ranks import is_sentencepiece, read_bytes
@@ -27,6 +28,7 @@ from llama.tokenizer import (
     check_encode,
     check_id,
 )
+from llama.tokenizer_json import read_tokenizer_json
 
 # Text that has one of these could forge a turn, for the format writes them as plain text.
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -38,10 +40,12 @@ class RefusedDialog(ValueError):
 
 
 def open_tokenizer(path: str | os.PathLike[str], *, version: Version = "3") -> TextTokenizer:
-    """The tokenizer in a file of either kind; `version` is for Llama 3's, see `Tokenizer`.
+    """The tokenizer in a file of any kind; `version` is for Llama 3's ranks, see `Tokenizer`.
 
-    Raises FileNotFoundError, or ValueError naming the file, where it is neither kind.
+    Raises FileNotFoundError, or ValueError naming the file, where it is of no kind that is read.
     """
+    if os.fspath(path).endswith(".json"):
+        return read_tokenizer_json(Path(path))
     data = read_bytes(os.fspath(path))
     if is_sentencepiece(data):
         return SentencePieceTokenizer(path, data=data)

@@ -254,7 +254,10 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model of one rank. Module names are the names of the tensors in Meta's files."""
+    """The model of one rank. Module names are the names of the tensors in Meta's files.
+
+    The weights of a new one are whatever memory held: load them, or initialise them to train.
+    """
 
     freqs: Tensor
 

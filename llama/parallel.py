@@ -62,8 +62,10 @@ class Watch(threading.Thread):
         os._exit(1)  # the main thread waits inside a driver and cannot be told
 
     def leave(self) -> None:
+        """Wait for the last beat: a thread inside gloo when Python ends aborts the process."""
         self._leaving.set()
-        self.join(timeout=2 * BEAT)
+        self.join()  # a beat, or PATIENCE where another rank hangs
+        time.sleep(0.2)  # gloo's own threads may still be letting go of the last tensors
 
 
 def lost(rank: int, size: int, error: str) -> str:
@@ -114,6 +116,14 @@ class Ranks:
         with self.together():
             dist.all_gather(theirs, mine, group=self.control)
         return [t.tolist() for t in theirs]
+
+    def tell(self, message: bytes = b"") -> bytes:
+        """Rank 0's message, on every rank; what the others pass is not looked at.
+
+        Two collectives, which wait for rank 0 as long as it lives.
+        """
+        size = self.exchange([len(message)])[0][0]
+        return bytes(self.exchange(message.ljust(size, b"\0")[:size])[0])
 
     def agree(self, problem: Exception | None, doing: str) -> None:
         """Raise on every rank if any has a `problem`: nobody waits for one that gave up."""
@@ -215,6 +225,20 @@ def _lines(size: int, world: dist.ProcessGroup) -> Ranks:
     return Ranks(rank, size, world.rank() == 0, control, watch)
 
 
+class Linear(nn.Linear):
+    """torch's layer without its random values: weights are loaded, or initialised by who trains."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """As above."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):  # type: ignore[misc]
     """fairscale's layer, told the size of this rank's part; its own constructor makes the full
     weight."""
@@ -253,19 +277,19 @@ def column_linear(
 ) -> nn.Module:
     """A linear layer whose rows are spread over the ranks, `out_features` of them here."""
     if ranks.size == 1:
-        return nn.Linear(in_features, out_features, bias=False)
+        return Linear(in_features, out_features, bias=False)
     return ColumnParallelLinear(in_features, out_features, gather_output)
 
 
 def row_linear(in_features: int, out_features: int, ranks: Ranks) -> nn.Module:
     """A linear layer whose columns are spread over the ranks, `in_features` of them here."""
     if ranks.size == 1:
-        return nn.Linear(in_features, out_features, bias=False)
+        return Linear(in_features, out_features, bias=False)
     return RowParallelLinear(in_features, out_features)
 
 
 def embedding(rows: int, dim: int, ranks: Ranks) -> nn.Module:
     """A table whose rows are spread over the ranks, `rows` of them here."""
     if ranks.size == 1:
-        return nn.Embedding(rows, dim)
+        return Embedding(rows, dim)
     return VocabParallelEmbedding(rows, dim, ranks.rank)

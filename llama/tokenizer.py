@@ -155,6 +155,8 @@ class Tokenizer:
             raise ValueError(
                 f"{name}: its {len(ids)} tokens do not have the ids 0 to {len(ids) - 1}"
             )
+        if b"" in ranks or "" in special_tokens:
+            raise ValueError(f"{name}: a token is empty")
         lacking = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
         if lacking is not None:
             raise ValueError(f"{name}: no token is the single byte 0x{lacking:02x}")
@@ -263,6 +265,9 @@ class IncrementalDecoder:
 
 class DialogFormat(Protocol):
     """What all chat formats have in common."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]: ...
 

@@ -1,10 +1,14 @@
 """What several tests share: tiny models with logits of about unit scale."""
 
 import base64
+import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from llama.checkpoint.hf import hf_name
+from llama.checkpoint.names import shapes
 from llama.generation import Llama
 from llama.model import ModelArgs, RMSNorm, Transformer
 from llama.tokenizer import Tokenizer
@@ -42,6 +46,30 @@ def write_tokenizer(path, words=()):
     ranks = [bytes([b]) for b in range(256)] + [w.encode() for w in words]
     path.write_text("".join(f"{base64.b64encode(r).decode()} {i}\n" for i, r in enumerate(ranks)))
     return path
+
+
+ADAPTER = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none",
+           "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "rank_pattern": {},
+           "modules_to_save": None, "lora_dropout": 0.1, "init_lora_weights": True}  # fmt: skip
+
+
+def write_adapter(path, args, modules=("q_proj", "v_proj"), seed=0, **changes):
+    """A random LoRA adapter in PEFT's files; returns A and B by canonical names, rows as there."""
+    path.mkdir(exist_ok=True)
+    config = ADAPTER | {"target_modules": list(modules)} | changes
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+    tensors, pairs = {}, {}
+    for name, shape in shapes(args).items():
+        theirs = hf_name(name).removesuffix(".weight")
+        if theirs.rsplit(".")[-1] in modules:
+            b = torch.randn(shape[0], config["r"], generator=generator) / 4
+            a = torch.randn(config["r"], shape[1], generator=generator) / 4
+            pairs[name] = a, b
+            tensors[f"base_model.model.{theirs}.lora_A.weight"] = a
+            tensors[f"base_model.model.{theirs}.lora_B.weight"] = b
+    save_file(tensors, path / "adapter_model.safetensors")
+    return pairs
 
 
 torch.set_num_threads(1)  # tiny products: more threads only wait for each other

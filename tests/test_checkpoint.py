@@ -441,11 +441,11 @@ def test_writing_refuses_what_it_cannot_do_whole(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match=r"consolidated\.00\.pth is there already"):
         write(tmp_path / "b")
 
-    def fail(tensors, file):
-        Path(file).write_bytes(b"half")
+    def fail(file, *rest):
+        file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr("llama.checkpoint.meta.write_pth", fail)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []
@@ -652,7 +652,7 @@ def test_folders_that_are_something_else(tmp_path):
     here.mkdir()
     refused(FileNotFoundError, r"neither params\.json nor consolidated\.00\.pth")
     (here / "model.safetensors").touch()
-    refused(ValueError, r"Hugging Face's format is not read yet.*consolidated\.NN\.pth")
+    refused(FileNotFoundError, r"config\.json is missing; it belongs beside the weights")
     (here / "model.safetensors").rename(here / "model-q4.gguf")
     refused(ValueError, r"model-q4\.gguf: is empty")
     (here / "params.json").touch()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
+from conftest import BYTES_VOCAB, tiny_args, write_adapter, write_tokenizer
 
 import llama as package
 from llama import Llama, SamplingParams
@@ -27,21 +27,33 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 
 # Rooms from the ground up. A room imports from lower floors only, or from itself.
 FLOORS = (
-    {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json"},
-    {"model", "tokenizer"},
-    {"streaming", "llama2", "tokenizer_json"},
+    {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json", "terminal"},
+    {"model", "tokenizer", "verify", "sandbox"},
+    {"streaming", "tokenizer_json"},
+    {"llama2"},
+    {"templates"},
+    {"conversation"},
     {"checkpoint"},
     {"quantization"},
     {"cuda"},
     {"engine"},
     {"generation"},
     {""},  # llama/__init__.py
+    {"chat", "perplexity"},
     {"__main__", "server", "demo"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ONLY = {"model": {"cache", "parallel"}, "streaming": {"tokenizer"}}
-NO_TORCH = {"ranks", "tokenizer", "llama2", "streaming", "progress", "cli", "strict_json",
-            "tokenizer_json"}  # fmt: skip
+ONLY = {
+    "model": {"cache", "parallel"},
+    "streaming": {"tokenizer"},
+    "conversation": {"tokenizer", "templates"},
+    "verify": {"progress"},
+    "sandbox": set(),
+}
+NO_TORCH = {
+    "ranks", "tokenizer", "llama2", "streaming", "progress", "verify", "cli", "terminal",
+    "conversation", "strict_json", "tokenizer_json", "sandbox", "templates",
+}  # fmt: skip
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along
 PROGRAMS = ("llama.__main__", "llama.demo")  # what people run: may print
@@ -297,6 +309,7 @@ def folders(tmp_path_factory):
         args = tiny_args(vocab_size=BYTES_VOCAB + 1, context_length=512)
         write_meta(random_checkpoint(args, seed=seed, dtype=torch.bfloat16), folder)
         write_tokenizer(folder / "tokenizer.model", ["el"] if name == "b" else [])
+        write_adapter(folder / "adapter", args)
     return both
 
 
@@ -310,13 +323,14 @@ BUILD = {
     "device": {"device": "cuda:99"},
     "dtype": {"dtype": "float32"},
     "rope_scaling": {"rope_scaling": 4.0},
+    "adapter": {"adapter": "a/adapter"},
 }
 
 
 def build_outcome(folders, changes):
     """What a build can be told from: its answers, its limits, its dtype, or its error."""
     names = {"ckpt_dir": "a"} | changes
-    for key in {"ckpt_dir", "tokenizer_path"} & set(names):
+    for key in {"ckpt_dir", "tokenizer_path", "adapter"} & set(names):
         name, _, file = names[key].partition("/")
         names[key] = folders[name] / file
     try:

@@ -617,6 +617,8 @@ from llama.llama2 import open_tokenizer
 open_tokenizer(sys.argv[2]).encode("hello", bos=True, eos=False)
 """
     result = subprocess.run(
-        [sys.executable, "-c", script, str(Path(module.__file__).parent), str(path)], capture_output=True, text=True
+        [sys.executable, "-c", script, str(Path(module.__file__).parent), str(path)],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr

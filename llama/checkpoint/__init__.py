@@ -15,14 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from llama.checkpoint.conversion import convert
 from llama.checkpoint.gguf import find_gguf, open_gguf
 from llama.checkpoint.gguf_write import write_gguf
+from llama.checkpoint.hf import open_hf
+from llama.checkpoint.hf_write import write_hf
+from llama.checkpoint.lora import Merged, merge_adapter
 from llama.checkpoint.meta import open_meta, write_meta
 from llama.checkpoint.names import groups, local_shape, local_slice
 from llama.checkpoint.plan import Plan, check, check_memory, free_memory, make_plan
 from llama.checkpoint.random import random_checkpoint
+from llama.checkpoint.resharding import reshard
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part, mapped_parts
 from llama.checkpoint.staging import Stager
 from llama.model import RopeScaling, Transformer
@@ -36,12 +40,16 @@ __all__ = [
     "Plan",
     "check",
     "check_memory",
+    "convert",
     "free_memory",
     "load",
     "make_plan",
+    "merge_adapter",
     "open_checkpoint",
     "random_checkpoint",
+    "reshard",
     "write_gguf",
+    "write_hf",
     "write_meta",
 ]
 
@@ -59,43 +67,49 @@ def open_checkpoint(
     Raises FileNotFoundError or ValueError in one sentence where the folder is not what it should
     be.
     """
-    path = _find(Path(ckpt_dir))
+    path = Path(ckpt_dir)
     overrides = {} if rope_scaling is None else _rope_override(rope_scaling)
-    return (open_gguf if path.is_file() else open_meta)(path, overrides)
-
-
-def _find(path: Path) -> Path:
-    """The folder that holds params.json and shards, or the GGUF file; or an error that says what is
-    there instead."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such folder")
     if path.is_file():
         if path.suffix == ".gguf":
-            return path
+            return open_gguf(path, overrides)
         raise ValueError(
             f"{path} is a file; needed is a .gguf file, or the folder that holds params.json and "
             "consolidated.NN.pth"
         )
+    meta = _find_meta(path)
+    if meta is not None:
+        return open_meta(meta, overrides)
+    gguf = None if (path / "config.json").exists() else find_gguf(path)
+    if gguf is not None:
+        return open_gguf(gguf, overrides)
+    return open_hf(_check_hf(path), overrides)
+
+
+def _find_meta(path: Path) -> Path | None:
+    """The folder that holds params.json and shards; None where there is neither."""
     for folder in (path, path / "original"):
         has_params = (folder / "params.json").exists()
         has_shards = any(folder.glob("consolidated.*.pth"))
         if has_params and has_shards:
             return folder
-        if has_params or has_shards:
+        if (has_params or has_shards) and not (path / "config.json").exists():
             lacks = "consolidated.00.pth" if has_params else "params.json"
             raise FileNotFoundError(f"{folder / lacks} is missing; it belongs beside the others")
-    gguf = find_gguf(path)
-    if gguf is not None:
-        return gguf
-    for pattern, format_name in (("*.safetensors", "Hugging Face's format"),
-                                 ("config.json", "Hugging Face's format")):  # fmt: skip
-        if any(path.glob(pattern)):
-            raise ValueError(
-                f"{path}: {format_name} is not read yet by this version; Meta's files are "
-                "(params.json and consolidated.NN.pth), and GGUF"
-            )
+    return None
+
+
+def _check_hf(path: Path) -> Path:
+    """A folder that holds config.json, or an error that says what is there instead."""
+    if (path / "config.json").exists():
+        return path
+    if (path / "adapter_config.json").exists():
+        raise ValueError(f"{path}: is an adapter; give it as adapter= to the model that it is for")
+    if any(path.glob("*.safetensors")):
+        raise FileNotFoundError(f"{path / 'config.json'} is missing; it belongs beside the weights")
     raise FileNotFoundError(
-        f"{path}: neither params.json nor consolidated.00.pth is in this folder"
+        f"{path}: neither params.json nor consolidated.00.pth is in this folder, nor config.json"
     )
 
 
@@ -127,7 +141,7 @@ def load(
     """
     device = torch.device(device)
     wanted = _wanted_dtype(checkpoint, device, dtype)
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"):
         model = Transformer(dataclasses.replace(checkpoint.args), ranks)
     names = {name for name, _ in model.named_parameters()}
     assert names == set(checkpoint.tensors), names ^ set(checkpoint.tensors)
@@ -152,25 +166,6 @@ def load(
     return model.eval()
 
 
-class _NoInit(TorchFunctionMode):
-    """Layers are made without their random values, which would be replaced.
-
-    On meta there is nothing to fill, but torch would import its compiler for it: 1.2 s and 67 MB.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        given = kwargs or {}
-        if func in (nn.init.normal_, nn.init.kaiming_uniform_):
-            return given["tensor"] if "tensor" in given else args[0]
-        return func(*args, **given)
-
-
 def _wanted_dtype(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
 ) -> torch.dtype:
@@ -178,7 +173,8 @@ def _wanted_dtype(
     wanted = checkpoint.dtype if dtype is None else dtype
     if not (isinstance(wanted, torch.dtype) and wanted.is_floating_point and wanted.itemsize > 1):
         raise ValueError(f"dtype={dtype!r}: use torch.bfloat16, torch.float16 or torch.float32")
-    others = sorted({str(t.dtype) for t in checkpoint.tensors.values()} - {str(checkpoint.dtype)})
+    stored = [t for t in checkpoint.tensors.values() if not isinstance(t, Merged)]
+    others = sorted({str(t.dtype) for t in stored} - {str(checkpoint.dtype)})
     if dtype is None and others and not checkpoint.stored:  # a mixture is what GGUF is
         logger.warning(
             "some tensors are stored as %s and loaded as %s, like the rest",

@@ -6,13 +6,14 @@ thing: tied matrices carry no mark in these files; that output.weight shares its
 tok_embeddings.weight is how Meta's 1B and 3B say it.
 """
 
+import functools
 import json
 import logging
 import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from llama.checkpoint.names import ignored, shapes, shard_dim
 from llama.checkpoint.params import complete, make_args, params_of, read_params
+from llama.checkpoint.pth import Entry, write_pth
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part
 from llama.model import ModelArgs
 
@@ -239,25 +241,28 @@ def write_meta(
     *,
     shards: int = 1,
     dtype: torch.dtype | None = None,
+    advance: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write a checkpoint as Meta's files, one shard at a time in memory.
+    """Write a checkpoint as Meta's files, one tensor of one shard at a time in memory.
 
     Everything is written under temporary names and renamed when it is whole, params.json last.
-    Raises ValueError where `shards` does not divide every dimension that is cut, and
-    FileExistsError where the folder holds weights already.
+    `advance` is told the bytes of weights as they are written. Raises ValueError where `shards`
+    does not divide every dimension that is cut, and FileExistsError where the folder holds weights
+    already.
     """
-    _check_shards(checkpoint.args, shards)
+    check_shards(checkpoint.args, shards)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     there = [*out.glob("consolidated.*.pth"), *out.glob("params.json")]
     if there:
         raise FileExistsError(f"{there[0]} is there already; write to an empty folder")
+    same = {"output.weight": "tok_embeddings.weight"} if checkpoint.args.tied else {}
     parts: dict[Path, Path] = {}
     try:
         for number in range(shards):
             final = out / f"consolidated.{number:02}.pth"
             parts[final] = final.with_name(final.name + ".part")
-            torch.save(_shard(checkpoint, number, shards, dtype), parts[final])
+            write_pth(parts[final], _shard(checkpoint, number, shards, dtype), same, advance)
         final = out / "params.json"
         parts[final] = final.with_name(final.name + ".part")
         parts[final].write_text(json.dumps(params_of(checkpoint.args)) + "\n", encoding="utf-8")
@@ -268,7 +273,8 @@ def write_meta(
             part.unlink(missing_ok=True)
 
 
-def _check_shards(args: ModelArgs, shards: int) -> None:
+def check_shards(args: ModelArgs, shards: int) -> None:
+    """ValueError where a model cannot be written in so many files."""
     sizes = shapes(args).items()
     cuts = [shape[dim] for name, shape in sizes if (dim := shard_dim(name)) is not None]
     common = math.gcd(*cuts)
@@ -279,20 +285,14 @@ def _check_shards(args: ModelArgs, shards: int) -> None:
 
 def _shard(
     checkpoint: Checkpoint, number: int, shards: int, dtype: torch.dtype | None
-) -> Mapping[str, Tensor]:
-    """The tensors of one shard, each in its own storage: torch.save writes whole storages."""
-    tensors = {}
+) -> dict[str, Entry]:
+    """The tensors of one shard, each read when it is written."""
+    entries = {}
     for name, source in checkpoint.tensors.items():
-        dim = shard_dim(name)
-        part = source.shape[dim] // shards if dim is not None else None
-        if dim is None or part is None:
-            tensor = source.read()
-        else:
-            tensor = source.read(dim, number * part, (number + 1) * part)
-        tensor = tensor.to("cpu", dtype or checkpoint.dtype).contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        tensors[name] = tensor
-    if checkpoint.args.tied:
-        tensors["output.weight"] = tensors["tok_embeddings.weight"]
-    return tensors
+        dim, parts = (0, 1) if (cut := shard_dim(name)) is None else (cut, shards)
+        size = source.shape[dim] // parts
+        shape = (*source.shape[:dim], size, *source.shape[dim + 1 :])
+        first = number * size if parts > 1 else 0
+        read = functools.partial(source.read, dim, first, first + size)
+        entries[name] = Entry(shape, dtype or checkpoint.dtype, read)
+    return entries

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from llama.checkpoint.names import local_shape, local_slice, shapes
 from llama.checkpoint.params import SENTENCEPIECE
+from llama.llama2 import open_tokenizer
 from llama.model import ModelArgs
 from llama.parallel import Ranks
-from llama.tokenizer import TextTokenizer
+from llama.tokenizer import TextTokenizer, Version
+
+_BLOCK = 2**26  # bytes of a block of rows
 
 
 class Part(NamedTuple):
@@ -64,6 +67,27 @@ class LazyTensor(ABC):
         return out
 
 
+def rows_of(
+    source: LazyTensor, dim: int = 0, start: int = 0, stop: int | None = None
+) -> Iterator[Tensor]:
+    """The range start..stop of dimension `dim`, from its first row to its last, in small blocks."""
+    shape = source.range_shape(dim, start, stop)
+    first = start if dim == 0 else 0
+    step = max(1, _BLOCK // (prod(source.shape[1:]) * source.dtype.itemsize or 1))
+    for low in range(first, first + shape[0], step):
+        block = source.read(0, low, min(low + step, first + shape[0]))
+        yield block if dim == 0 else block.narrow(dim, start, shape[dim])
+
+
+def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes of `block` in `dtype`, on the CPU; ValueError where a number is too large for it."""
+    wanted = block.to("cpu", dtype).contiguous()
+    narrows = dtype == torch.float16 and block.dtype != dtype
+    if narrows and not torch.equal(wanted.isfinite(), block.to("cpu").isfinite()):
+        raise ValueError(f"{name} has numbers above 65504, which float16 cannot say: use another")
+    return wanted.view(torch.uint8)
+
+
 # (dim, n_layers, whether each query head has its own keys) of those with SentencePiece's
 _OLD_SIZES = {
     (4096, 32, True): "7B",
@@ -92,8 +116,9 @@ class Checkpoint:
     `tensors` holds every name of `names.shapes`, except output.weight where args.tied. `skipped`
     says of each tensor in the files that is not among them why. `path` is the folder that was
     opened, None for random weights; `shards` the number of files; `dtype` that of the weights.
+    `stop_token_ids` and `chat_template` (in jinja) are what the files say beside the tokenizer's.
     Where a format has types of its own, `stored` says which these are; where it brings a tokenizer
-    along, `tokenizer` makes it; `chat_template` is the text of one, as it stands there.
+    along, `tokenizer` makes it.
     """
 
     args: ModelArgs
@@ -103,14 +128,27 @@ class Checkpoint:
     shards: int = 1
     skipped: Mapping[str, str] = field(default_factory=dict)
     tokenizer_path: Path | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    chat_template: str | None = field(default=None, repr=False)
     stored: str = ""
     tokenizer: Callable[[], TextTokenizer] | None = None
-    chat_template: str | None = None
 
     @property
     def parameters(self) -> int:
         """How many numbers the model has, a tied matrix counted once."""
         return sum(prod(s) for name, s in shapes(self.args).items() if name in self.tensors)
+
+    @property
+    def version(self) -> Version:
+        """Which names the special tokens of a file of ranks have, for the file does not say."""
+        return "3.1" if self.args.rope_scaling else "3"
+
+    def open_tokenizer(self, path: str | Path | None = None) -> TextTokenizer | None:
+        """The tokenizer at `path`, of any kind, or the one that came with the weights, if any."""
+        if path is None and self.tokenizer is not None:
+            return self.tokenizer()
+        found = path or self.tokenizer_path
+        return None if found is None else open_tokenizer(str(found), version=self.version)
 
     @property
     def family(self) -> str:

@@ -1,0 +1,158 @@
+"""Hugging Face folders, written: what transformers and everything that reads its files can load.
+
+Holds a few tensors at a time. Knows no device. The surprising thing: config.json comes last. All
+files are written under temporary names, and a folder without config.json is no model to anybody.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.checkpoint.hf import INDEX, SINGLE, Reordered, hf_name, rotary_heads
+from llama.checkpoint.hf_config import config_of
+from llama.checkpoint.safetensors import write_file
+from llama.checkpoint.source import Checkpoint, LazyTensor
+from llama.progress import progress
+from llama.templates import LLAMA3_TEMPLATE
+from llama.tokenizer import Tokenizer
+from llama.tokenizer_json import tokenizer_json
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def write_hf(
+    checkpoint: Checkpoint,
+    out_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    tokenizer: Tokenizer | None = None,
+    show_progress: bool = False,
+) -> None:
+    """Write a checkpoint, in `dtype` (None: its own), and its tokenizer as a Hugging Face folder.
+
+    More than `max_shard_bytes` are cut into several files between tensors. Without `tokenizer` the
+    folder has none. Raises FileExistsError where the folder holds weights already, and ValueError
+    for a dtype that is not one of weights.
+    """
+    wanted = checkpoint.dtype if dtype is None else dtype
+    if wanted not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r}: use one of {', '.join(map(str, _DTYPES))}")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes}: must be positive")
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    there = [file for name in ("model*.safetensors*", "config.json") for file in out.glob(name)
+             if not file.name.endswith(".part")]  # fmt: skip
+    if there:
+        raise FileExistsError(f"{there[0]} is there already; write to an empty folder")
+    tensors = _in_their_order(checkpoint)
+    files = _shards(tensors, wanted.itemsize, max_shard_bytes)
+    texts = _texts(checkpoint, wanted, tokenizer)
+    if len(files) > 1:
+        texts = {INDEX: _index(files, tensors, wanted.itemsize)} | texts
+    total = sum(prod(tensor.shape) for tensor in tensors.values()) * wanted.itemsize
+    with progress("writing weights", total, unit="B", enabled=show_progress) as advance:
+        _write_all(out, files, texts, wanted, advance)
+
+
+def _in_their_order(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    """Tensors by their names there, q and k in their order of rows."""
+    tensors: dict[str, LazyTensor] = {}
+    for name, source in checkpoint.tensors.items():
+        heads = rotary_heads(name, checkpoint.args)
+        if heads and isinstance(source, Reordered) and source.to_pairs:
+            source = source.source  # as it was
+        elif heads:
+            source = Reordered(source, heads, to_pairs=False)
+        tensors[hf_name(name)] = source
+    return tensors
+
+
+def _shards(
+    tensors: Mapping[str, LazyTensor], itemsize: int, limit: int
+) -> dict[str, dict[str, LazyTensor]]:
+    """The tensors of each file by its name; a tensor larger than the limit has its own."""
+    shards: list[dict[str, LazyTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        more = prod(tensor.shape) * itemsize
+        if shards[-1] and size + more > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += more
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    count = len(shards)
+    return {f"model-{i:05}-of-{count:05}.safetensors": s for i, s in enumerate(shards, start=1)}
+
+
+def _index(
+    files: Mapping[str, Mapping[str, LazyTensor]], tensors: Mapping[str, LazyTensor], itemsize: int
+) -> dict[str, Any]:
+    total = sum(prod(tensor.shape) for tensor in tensors.values()) * itemsize
+    places = {name: file for file, held in files.items() for name in held}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+
+
+def _texts(
+    checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: Tokenizer | None
+) -> dict[str, dict[str, Any]]:
+    """The JSON files, in the order in which they are to appear."""
+    texts: dict[str, dict[str, Any]] = {}
+    ids: dict[str, Any] = {}
+    stops = set(checkpoint.stop_token_ids)
+    if tokenizer is not None:
+        names = {number: name for name, number in tokenizer.special_tokens.items()}
+        stops |= {token for token in tokenizer.stop_tokens if token < checkpoint.args.vocab_size}
+        ids["bos_token_id"] = tokenizer.bos_id
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": names[tokenizer.bos_id],
+            "eos_token": names[tokenizer.eos_id],
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": checkpoint.args.context_length,
+        }
+        template = checkpoint.chat_template
+        if template is None and "<|start_header_id|>" in tokenizer.special_tokens:
+            template = LLAMA3_TEMPLATE
+        if template is not None:
+            settings["chat_template"] = template
+        texts["tokenizer.json"] = tokenizer_json(tokenizer)
+        texts["tokenizer_config.json"] = settings
+    if stops:
+        ids["eos_token_id"] = sorted(stops)
+    texts["generation_config.json"] = ids
+    kind = str(dtype).removeprefix("torch.")
+    texts["config.json"] = config_of(checkpoint.args, kind, ids)
+    return texts
+
+
+def _write_all(
+    out: Path,
+    files: Mapping[str, Mapping[str, LazyTensor]],
+    texts: Mapping[str, dict[str, Any]],
+    dtype: torch.dtype,
+    advance: Callable[[int], object],
+) -> None:
+    """Every file under a temporary name, then all renamed, config.json last; or none is left."""
+    parts = {name: out / f"{name}.part" for name in (*files, *texts)}
+    try:
+        for name, held in files.items():
+            write_file(parts[name], held, dtype, advance)
+        for name, text in texts.items():
+            said = json.dumps(
+                text, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2
+            )
+            parts[name].write_text(said + "\n", encoding="utf-8")
+        for name, part in parts.items():
+            part.replace(out / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)

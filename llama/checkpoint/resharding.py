@@ -1,0 +1,88 @@
+"""A checkpoint into another number of files: any format in, Meta's format out.
+
+Ties reading and writing together, with the tokenizer and checksums beside the weights; knows no
+tensor. The surprising thing: everything is made in a folder DST.part, which gets its name when all
+is whole, so a run that was interrupted can never be taken for one that was not.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llama.checkpoint.meta import check_shards, write_meta
+from llama.checkpoint.source import Checkpoint
+from llama.progress import progress
+from llama.tokenizer import Tokenizer
+from llama.tokenizer_json import ranks_file
+
+_BLOCK = 2**22
+
+
+def reshard(
+    checkpoint: Checkpoint,
+    dst: str | Path,
+    *,
+    shards: int,
+    dtype: torch.dtype | None = None,
+    show_progress: bool = False,
+) -> Path:
+    """Write `checkpoint`, which must come from a folder, in `shards` files to a new folder `dst`.
+
+    With tokenizer.model, where there is one, and checklist.chk. Raises ValueError or OSError where
+    that cannot be done, before anything is written where that can be known.
+    """
+    check_shards(checkpoint.args, shards)
+    path, ranks = checkpoint.tokenizer_path, None
+    if path is not None and path.suffix != ".json":
+        ranks = path.read_bytes()
+    elif isinstance(tokenizer := checkpoint.open_tokenizer(), Tokenizer):
+        ranks = ranks_file(tokenizer)
+    dst = Path(dst)
+    part = dst.with_name(dst.name + ".part")
+    _check_target(dst, part)
+    wanted = dtype or checkpoint.dtype
+    size = checkpoint.parameters * wanted.itemsize
+    existing = next(folder for folder in dst.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise ValueError(
+            f"{dst} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free"
+        )
+    part.mkdir(parents=True)
+    try:
+        with progress("writing", size, unit="B", enabled=show_progress) as advance:
+            write_meta(checkpoint, part, shards=shards, dtype=wanted, advance=advance)
+        if ranks is not None:
+            (part / "tokenizer.model").write_bytes(ranks)
+        with progress("checksums", size, unit="B", enabled=show_progress) as advance:
+            _write_checklist(part, advance)
+        part.rename(dst)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return dst
+
+
+def _check_target(dst: Path, part: Path) -> None:
+    if dst.exists() and not dst.is_dir():
+        raise FileExistsError(f"{dst} is a file; give a new or empty folder")
+    if dst.is_dir() and any(dst.iterdir()):
+        raise FileExistsError(f"{dst} is not empty; give a new or empty folder")
+    if part.exists():
+        raise FileExistsError(f"{part} is left of a run that was interrupted; remove it first")
+
+
+def _write_checklist(folder: Path, advance: Callable[[int], object]) -> None:
+    """checklist.chk in the format of md5sum, as Meta's downloads have it."""
+    lines = []
+    for file in sorted(folder.iterdir()):
+        digest = hashlib.md5(usedforsecurity=False)
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+                advance(len(block))
+        lines.append(f"{digest.hexdigest()}  {file.name}\n")
+    (folder / "checklist.chk").write_text("".join(lines), encoding="ascii")
