@@ -32,6 +32,7 @@ from llama.model import RopeScaling
 from llama.parallel import Ranks, local_device
 from llama.perplexity import check_window, default_window, score
 from llama.sampling import SamplingParams
+from llama.tokenizer import TextTokenizer
 from llama.verify import verify as find_problems
 
 DEMO = str(Path(__file__).parent / "demo")
@@ -236,7 +237,13 @@ def tokenize(
         decode: ids, with blanks or commas between them, whose text is printed.
         json: print one JSON object.
     """
-    tokenizer = open_tokenizer(tokenizer_path or _tokenizer_of(ckpt_dir))
+    if tokenizer_path is not None or not ckpt_dir.endswith(".gguf"):
+        path = tokenizer_path or _tokenizer_of(ckpt_dir)
+        tokenizer: TextTokenizer | None = open_tokenizer(path)
+    else:
+        tokenizer = open_checkpoint(ckpt_dir).open_tokenizer()
+    if tokenizer is None:
+        raise FileNotFoundError(f"no tokenizer in {ckpt_dir}; give tokenizer_path")
     if decode is not None:
         if text is not None or file is not None:
             raise ValueError("give either a text or --decode")
