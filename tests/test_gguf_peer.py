@@ -13,7 +13,6 @@ from conftest import write_tokenizer
 
 from llama import Llama, ModelArgs, Tokenizer
 from llama.checkpoint import load, open_checkpoint, random_checkpoint, write_gguf
-from llama.generation import find_tokenizer
 from llama.llama2 import SentencePieceTokenizer
 from llama.model import RopeScaling
 from llama.parallel import ONE
@@ -68,7 +67,7 @@ def llama_cpp():
 def exported(tmp_path_factory):
     path = tmp_path_factory.mktemp("peer") / "demo.gguf"
     checkpoint = open_checkpoint(DEMO)
-    write_gguf(checkpoint, path, dtype=torch.float32, tokenizer=find_tokenizer(checkpoint, None))
+    write_gguf(checkpoint, path, dtype=torch.float32, tokenizer=checkpoint.open_tokenizer())
     return path
 
 
@@ -163,7 +162,7 @@ def test_pieces_and_scores_are_the_same_tokenizer_there(llama_cpp, tmp_path):
 def test_what_is_quantized_here_runs_there(llama_cpp, tmp_path, kind):
     checkpoint = open_checkpoint(DEMO)
     path = tmp_path / "model.gguf"
-    write_gguf(checkpoint, path, type=kind, tokenizer=find_tokenizer(checkpoint, None))
+    write_gguf(checkpoint, path, type=kind, tokenizer=checkpoint.open_tokenizer())
     here = Llama.build(path, dtype="float32", max_seq_len=256)
     leads = partings(here, opened(llama_cpp, path), PROMPTS[:10])
     print(kind, leads)
