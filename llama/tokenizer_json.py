@@ -34,8 +34,8 @@ def _alphabet() -> dict[str, int]:
     return {chr(b): b for b in seen} | {chr(256 + n): b for n, b in enumerate(rest)}
 
 
-_BYTE_OF = _alphabet()
-_CHAR_OF = {byte: char for char, byte in _BYTE_OF.items()}
+BYTE_OF = _alphabet()
+CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
 
 
 def read_tokenizer_json(file: Path) -> Tokenizer:
@@ -129,20 +129,20 @@ def _ranks(model: Mapping[str, Any], special: Mapping[str, int]) -> dict[bytes, 
         if special.get(token) == rank and type(rank) is int:
             continue
         try:
-            spelled = bytes([_BYTE_OF[char] for char in token])
+            spelled = bytes([BYTE_OF[char] for char in token])
         except KeyError:
             raise ValueError(f"the token {token!r:.60} is not written byte by byte") from None
         if type(rank) is not int or not spelled:
             raise ValueError(f"the token {token!r:.60} has the id {rank!r:.40}")
         ranks[spelled] = rank
-    made = _check_merges(merges, vocab)
-    unmade = len(vocab.keys() - made - special.keys() - _BYTE_OF.keys())
+    made = check_merges(merges, vocab)
+    unmade = len(vocab.keys() - made - special.keys() - BYTE_OF.keys())
     if unmade and not model.get("ignore_merges"):
         raise ValueError(f"has {unmade} tokens that none of its merges makes")
     return ranks
 
 
-def _check_merges(merges: Sequence[object], vocab: Mapping[str, int]) -> set[str]:
+def check_merges(merges: Sequence[object], vocab: Mapping[str, int]) -> set[str]:
     """The tokens that merges make, which must come in the order of their ids."""
     made: set[str] = set()
     last = -1
@@ -186,7 +186,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
     There, special tokens are found in every text, and a begin-of-text token is put before it.
     """
-    spelled = {"".join(map(_CHAR_OF.__getitem__, t)): r for t, r in tokenizer.ranks.items()}
+    spelled = {"".join(map(CHAR_OF.__getitem__, t)): r for t, r in tokenizer.ranks.items()}
     bos = next(n for n, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id)
     begin, text = (
         {"SpecialToken": {"id": bos, "type_id": 0}},
@@ -229,12 +229,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": True,
             "vocab": dict(sorted(spelled.items(), key=lambda item: item[1])),
-            "merges": _merges(spelled),
+            "merges": merges_of(spelled),
         },
     }
 
 
-def _merges(ranks: Mapping[str, int]) -> list[str]:
+def merges_of(ranks: Mapping[str, int]) -> list[str]:
     """Every split of every token into two others, in the order of the ranks."""
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):

@@ -13,24 +13,13 @@ from typing import NamedTuple
 from llama.checkpoint.gguf_file import Array, GGUFFile
 from llama.checkpoint.gguf_pieces import CONTROL, NORMAL, UNUSED, PieceTokenizer
 from llama.tokenizer import TextTokenizer, Tokenizer
+from llama.tokenizer_json import BYTE_OF, CHAR_OF, check_merges, merges_of
 
 # What llama.cpp calls the way of Llama 3 to cut text before merging, also in older files.
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _BEGIN = "<|begin_of_text|>"
 _STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-
-# Renders a dialog as ChatFormat encodes it (Llama 3's layout; names of special tokens as text).
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-    "{% endif %}"
-)
 
 
 class Vocabulary(NamedTuple):
@@ -43,17 +32,6 @@ class Vocabulary(NamedTuple):
     merges: list[str] | None
     ids: dict[str, int]  # by key, such as bos_token_id
     add_space_prefix: bool | None
-
-
-def _alphabet() -> dict[str, int]:
-    """GPT-2's letter for each byte: the character of that number, where that can be seen."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted(set(range(256)) - set(plain))
-    return {chr(byte): byte for byte in plain} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-_BYTE_OF = _alphabet()
-_LETTER_OF = {byte: letter for letter, byte in _BYTE_OF.items()}
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -121,7 +99,7 @@ def _byte_level(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> Toke
             special[text] = token
             continue
         try:
-            ranks[bytes([_BYTE_OF[letter] for letter in text])] = token
+            ranks[bytes([BYTE_OF[letter] for letter in text])] = token
         except KeyError:
             raise ValueError(f"the token {text!r:.60} is not spelled byte by byte") from None
     pre = file.get("tokenizer.ggml.pre", str, "" if _BEGIN in special else "default")
@@ -160,19 +138,7 @@ def _check_merges(file: GGUFFile, tokens: list[str]) -> None:
         raise ValueError("lacks the key tokenizer.ggml.merges")
     if not file.get("tokenizer.ggml.merges", Array).length:
         return
-    id_of = {text: token for token, text in enumerate(tokens)}
-    last = -1
-    for merge in _strings(file, "merges"):
-        left, _, right = merge.partition(" ")
-        token = id_of.get(left + right, -1)
-        if token < 0 or left not in id_of or right not in id_of:
-            raise ValueError(f"the merge {merge!r:.60} is of tokens that are not in the vocabulary")
-        if token < last:
-            raise ValueError(
-                f"the merge {merge!r:.60} is not in the order of the ids, as Llama 3's are: give "
-                "tokenizer_path"
-            )
-        last = token
+    check_merges(_strings(file, "merges"), {text: token for token, text in enumerate(tokens)})
 
 
 def _pieces(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> PieceTokenizer:
@@ -218,7 +184,7 @@ def vocabulary(tokenizer: TextTokenizer, size: int) -> Vocabulary:
 
 def _spelled(tokenizer: Tokenizer) -> Vocabulary:
     texts = {
-        rank: "".join(_LETTER_OF[byte] for byte in token) for token, rank in tokenizer.ranks.items()
+        rank: "".join(CHAR_OF[byte] for byte in token) for token, rank in tokenizer.ranks.items()
     }
     kinds = dict.fromkeys(texts, NORMAL)
     for name, token in tokenizer.special_tokens.items():
@@ -229,24 +195,10 @@ def _spelled(tokenizer: Tokenizer) -> Vocabulary:
     for key, name in (("eot_token_id", "<|eot_id|>"), ("eom_token_id", "<|eom_id|>")):
         if name in tokenizer.special_tokens:
             ids[key] = tokenizer.special_tokens[name]
-    merges = _merges({texts[rank]: rank for rank in tokenizer.ranks.values()})
+    merges = merges_of({texts[rank]: rank for rank in tokenizer.ranks.values()})
     return Vocabulary(
         "gpt2", [texts[n] for n in order], [kinds[n] for n in order], None, merges, ids, None
     )
-
-
-def _merges(ranks: Mapping[str, int]) -> list[str]:
-    """Every pair of tokens that makes a token, by the rank of what it makes.
-
-    A pair that training never merged belongs to them: the ranks file of Llama 3 allows any.
-    """
-    out = []
-    for text in sorted(ranks, key=ranks.__getitem__):
-        cuts = ((text[:at], text[at:]) for at in range(1, len(text)))
-        pairs = [(left, right) for left, right in cuts if left in ranks and right in ranks]
-        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        out += [f"{left} {right}" for left, right in pairs]
-    return out
 
 
 def _scored(tokenizer: PieceTokenizer) -> Vocabulary:

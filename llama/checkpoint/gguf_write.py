@@ -28,10 +28,11 @@ from llama.checkpoint.gguf_file import (
     VERSION,
 )
 from llama.checkpoint.gguf_keys import ROPE_FREQS, keys_of, rope_factors, their_name
-from llama.checkpoint.gguf_tokenizer import CHAT_TEMPLATE, vocabulary
+from llama.checkpoint.gguf_tokenizer import vocabulary
 from llama.checkpoint.source import Checkpoint, LazyTensor
 from llama.model import ModelArgs
 from llama.progress import progress
+from llama.templates import LLAMA3_TEMPLATE
 from llama.tokenizer import TextTokenizer
 
 Type = Literal["q8_0", "q4_0"]
@@ -163,7 +164,7 @@ def _tokenizer_keys(
     keys |= {key: _number(UINT32, token) for key, token in said.ids.items()}
     packed = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
     if template is None and "<|start_header_id|>" in tokenizer.special_tokens:
-        template = CHAT_TEMPLATE
+        template = LLAMA3_TEMPLATE
     return packed | ({"tokenizer.chat_template": _text(template)} if template else {})
 
 
