@@ -18,7 +18,7 @@ THREADS = 8
 
 
 class Stager:
-    """A context in which `copy` returns at once; leaving it waits for all copies.
+    """A context in which `copy` does not wait for its end; leaving it waits for all copies.
 
     `advance` is told the bytes of each block when it has arrived.
     """
@@ -28,6 +28,7 @@ class Stager:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="llama-load")
         self._own = threading.local()
         self._jobs: list[Future[None]] = []
+        self._room = threading.Semaphore(2 * THREADS)  # blocks unpacked on the way wait in memory
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy `source` to `target` (on a GPU), of the same shape; dtypes may differ."""
@@ -37,7 +38,14 @@ class Stager:
             return
         rows = max(1, BLOCK // (source[:1].nbytes or 1))
         for pair in zip(torch.split(target, rows), torch.split(source, rows), strict=True):
-            self._jobs.append(self._pool.submit(self._send, *pair))
+            self._room.acquire()
+            self._jobs.append(self._pool.submit(self._try, *pair))
+
+    def _try(self, target: Tensor, source: Tensor) -> None:
+        try:
+            self._send(target, source)
+        finally:
+            self._room.release()
 
     def _send(self, target: Tensor, source: Tensor) -> None:
         own = self._own
