@@ -13,7 +13,7 @@ from conftest import tiny_args, write_tokenizer
 from test_model import transformers_twin
 
 from llama import ChatFormat, Llama, ModelArgs, Tokenizer, __main__, cli
-from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
+from llama.checkpoint import convert, open_checkpoint, random_checkpoint, write_meta
 from llama.checkpoint.params import complete
 from llama.llama2 import (
     REFUSAL,
@@ -617,3 +617,27 @@ def test_info_knows_these_files(folder, capsys):
     said = capsys.readouterr().out
     assert re.search(r"context +4096 tokens\n", said)
     assert re.search(r"on disk +1 shard, float16\n", said)
+
+
+def test_a_hugging_face_folder_of_llama_2_says_what_the_original_says(folder, llama, tmp_path):
+    convert(open_checkpoint(folder), tmp_path / "hf", "hf")
+    again = Llama.build(tmp_path / "hf", max_seq_len=64, device="cpu")
+    asked = [["the"], 0, 1.0, 12]
+    assert again.text_completion(*asked) == llama.text_completion(*asked)
+
+
+@pytest.mark.peer
+def test_transformers_reads_the_tokenizer_of_that_folder(folder, tokenizer, tmp_path):
+    pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece with protobuf")
+    transformers = pytest.importorskip("transformers")
+    convert(open_checkpoint(folder), tmp_path / "hf", "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("the quick fox", "a  b", "Grüße 🦙"):
+        assert theirs.encode(text) == tokenizer.encode(text, bos=True, eos=False), text
+
+
+def test_a_gguf_file_of_llama_2_says_what_the_original_says(folder, llama, tmp_path):
+    convert(open_checkpoint(folder), tmp_path / "model.gguf", "gguf")
+    again = Llama.build(tmp_path / "model.gguf", max_seq_len=64, device="cpu")
+    asked = [["the"], 0, 1.0, 12]
+    assert again.text_completion(*asked) == llama.text_completion(*asked)

@@ -15,7 +15,7 @@ from llama.checkpoint.hf_write import write_hf
 from llama.checkpoint.resharding import reshard
 from llama.checkpoint.source import Checkpoint
 from llama.templates import TemplateFormat, choose_format
-from llama.tokenizer import TextTokenizer, Tokenizer
+from llama.tokenizer import TextTokenizer
 
 TYPES = ("q8_0", "q4_0")
 
@@ -59,10 +59,8 @@ def convert(
             tokenizer=tokenizer,
             show_progress=show_progress,
         )
-    elif tokenizer is None or isinstance(tokenizer, Tokenizer):
-        write_hf(checkpoint, dst, dtype=dtype, tokenizer=tokenizer, show_progress=show_progress)
     else:
-        raise ValueError("SentencePiece is not written as tokenizer.json: use meta or gguf")
+        write_hf(checkpoint, dst, dtype=dtype, tokenizer=tokenizer, show_progress=show_progress)
 
 
 def _say_what_is_left_out(checkpoint: Checkpoint, tokenizer: TextTokenizer | None) -> None:

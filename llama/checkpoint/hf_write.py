@@ -16,9 +16,10 @@ from llama.checkpoint.hf import INDEX, SINGLE, Reordered, hf_name, rotary_heads
 from llama.checkpoint.hf_config import config_of
 from llama.checkpoint.safetensors import write_file
 from llama.checkpoint.source import Checkpoint, LazyTensor
+from llama.llama2 import SentencePieceTokenizer
 from llama.progress import progress
 from llama.templates import LLAMA3_TEMPLATE
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import TextTokenizer, Tokenizer
 from llama.tokenizer_json import tokenizer_json
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,14 +31,15 @@ def write_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TextTokenizer | None = None,
     show_progress: bool = False,
 ) -> None:
     """Write a checkpoint, in `dtype` (None: its own), and its tokenizer as a Hugging Face folder.
 
     More than `max_shard_bytes` are cut into several files between tensors. Without `tokenizer` the
-    folder has none. Raises FileExistsError where the folder holds weights already, and ValueError
-    for a dtype that is not one of weights.
+    folder has none; SentencePiece's is written as tokenizer.model. Raises FileExistsError where the
+    folder holds weights already, and ValueError for a dtype that is not one of weights, or a
+    tokenizer that has no file here.
     """
     wanted = checkpoint.dtype if dtype is None else dtype
     if wanted not in _DTYPES:
@@ -54,7 +56,7 @@ def write_hf(
     files = _shards(tensors, wanted.itemsize, max_shard_bytes)
     texts = _texts(checkpoint, wanted, tokenizer)
     if len(files) > 1:
-        texts = {INDEX: _index(files, tensors, wanted.itemsize)} | texts
+        texts = {INDEX: _index(files, tensors, wanted.itemsize), **texts}
     total = sum(prod(tensor.shape) for tensor in tensors.values()) * wanted.itemsize
     with progress("writing weights", total, unit="B", enabled=show_progress) as advance:
         _write_all(out, files, texts, wanted, advance)
@@ -101,10 +103,10 @@ def _index(
 
 
 def _texts(
-    checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: Tokenizer | None
-) -> dict[str, dict[str, Any]]:
-    """The JSON files, in the order in which they are to appear."""
-    texts: dict[str, dict[str, Any]] = {}
+    checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: TextTokenizer | None
+) -> dict[str, dict[str, Any] | bytes]:
+    """The small files, in the order in which they are to appear: JSON, or bytes as they are."""
+    texts: dict[str, dict[str, Any] | bytes] = {}
     ids: dict[str, Any] = {}
     stops = set(checkpoint.stop_token_ids)
     if tokenizer is not None:
@@ -112,7 +114,7 @@ def _texts(
         stops |= {token for token in tokenizer.stop_tokens if token < checkpoint.args.vocab_size}
         ids["bos_token_id"] = tokenizer.bos_id
         settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": "LlamaTokenizer",
             "bos_token": names[tokenizer.bos_id],
             "eos_token": names[tokenizer.eos_id],
             "clean_up_tokenization_spaces": False,
@@ -124,7 +126,14 @@ def _texts(
             template = LLAMA3_TEMPLATE
         if template is not None:
             settings["chat_template"] = template
-        texts["tokenizer.json"] = tokenizer_json(tokenizer)
+        if isinstance(tokenizer, Tokenizer):
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            texts["tokenizer.json"] = tokenizer_json(tokenizer)
+        elif isinstance(tokenizer, SentencePieceTokenizer):
+            settings |= {"add_bos_token": True, "add_eos_token": False}
+            texts["tokenizer.model"] = tokenizer.model.serialized_model_proto()
+        else:
+            raise ValueError("a tokenizer of pieces and scores alone has no file in this format")
         texts["tokenizer_config.json"] = settings
     if stops:
         ids["eos_token_id"] = sorted(stops)
@@ -137,7 +146,7 @@ def _texts(
 def _write_all(
     out: Path,
     files: Mapping[str, Mapping[str, LazyTensor]],
-    texts: Mapping[str, dict[str, Any]],
+    texts: Mapping[str, dict[str, Any] | bytes],
     dtype: torch.dtype,
     advance: Callable[[int], object],
 ) -> None:
@@ -147,6 +156,9 @@ def _write_all(
         for name, held in files.items():
             write_file(parts[name], held, dtype, advance)
         for name, text in texts.items():
+            if isinstance(text, bytes):
+                parts[name].write_bytes(text)
+                continue
             said = json.dumps(
                 text, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2
             )
