@@ -1,6 +1,7 @@
 """LoRA adapters: what is added is scale * B A, the same on every rank; all else is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from llama import Llama
 from llama.checkpoint import (
+    convert,
     load,
     merge_adapter,
     open_checkpoint,
@@ -212,3 +214,28 @@ def test_peft_merges_to_the_same_logits(folders):
         with torch.inference_mode():
             got = load(checkpoint, ranks=ONE, device="cpu")(ids, 0)
             torch.testing.assert_close(got, theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.peer
+def test_an_adapter_trained_on_the_exported_demo_is_the_same_here(tmp_path):
+    peft = pytest.importorskip("peft")
+    demo = Path(__file__).parent.parent / "llama" / "demo"
+    convert(open_checkpoint(demo), tmp_path / "hf", "hf", dtype=torch.float32)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "down_proj"])
+    theirs = peft.get_peft_model(base, config)
+    ids = torch.randint(0, 1000, (2, 64))
+    steps = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        theirs(ids, labels=ids).loss.backward()
+        steps.step()
+        steps.zero_grad()
+    theirs.save_pretrained(tmp_path / "adapter")
+    llama = Llama.build(demo, max_batch_size=2, max_seq_len=64, device="cpu", dtype="float32",
+                        adapter=tmp_path / "adapter")  # fmt: skip
+    plain = Llama.build(demo, max_batch_size=2, max_seq_len=64, device="cpu", dtype="float32")
+    with torch.inference_mode():
+        expected = theirs.eval()(ids).logits
+        torch.testing.assert_close(llama.model(ids, 0), expected, rtol=0, atol=1e-4)
+        assert (plain.model(ids, 0) - expected).abs().max() > 0.1
