@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from llama.cli import sentence
 from llama.conversation import Conversation
 from llama.engine import Request
 from llama.generation import Llama
@@ -121,7 +122,7 @@ class Chat:
                 self.answers.close()
                 raise
             except (ValueError, OSError, FloatingPointError) as error:
-                self.terminal.note(str(error))
+                self.terminal.note(sentence(error))
         self.answers.close()
 
     def take(self, text: str, fenced: bool = False) -> None:

@@ -69,10 +69,10 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        sys.exit(_sentence(error))
+        sys.exit(sentence(error))
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """What an error says, in one line: names in a file that is not ours may hold anything."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

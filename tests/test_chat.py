@@ -233,9 +233,9 @@ MISTAKES = {
     "/set temperature": "/set temperature: give one of temperature, ",
     "/load": "/load needs the name of a file",
     "/save": "/save needs the name of a file",
-    "/load nowhere.json": "[Errno 2] No such file or directory: 'nowhere.json'",
-    "/save no/where": "[Errno 2] No such file or directory: 'no/where.part'",
-    "/load .": "[Errno 21] Is a directory: '.'",
+    "/load nowhere.json": "nowhere.json: No such file or directory",
+    "/save no/where": "no/where.part: No such file or directory",
+    "/load .": ".: Is a directory",
     "/reset everything": "/reset everything: it is /reset or /reset all",
 }
 

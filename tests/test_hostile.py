@@ -758,7 +758,7 @@ OPTIONS = {
         ("0", "stride.* 0[,;:]"),
     ),
     "format": (TEXT, ("pdf", "^format 'pdf': use one of meta, hf, gguf$")),
-    "type": (TEXT, ("q5_k", "^type='q5_k': only gguf has types, and these are written: ")),
+    "type": (TEXT, ("q5_k", "^type='q5_k': only gguf has types$")),
     "adapter": (TEXT, ("nowhere", "^nowhere")),
     "src": (TEXT, ("nowhere", "^nowhere: there is no such folder$")),
     "dst": (TEXT, (".", r"^\. is not empty; give a new or empty folder$")),

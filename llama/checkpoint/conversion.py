@@ -42,8 +42,10 @@ def convert(
         raise ValueError(f"format {kind!r}: use one of meta, hf, gguf")
     if shards != 1 and kind != "meta":
         raise ValueError(f"shards={shards}: only Meta's format is cut into shards")
-    if type is not None and (kind != "gguf" or type not in TYPES):
-        raise ValueError(f"type={type!r}: only gguf has types, and these are written: {TYPES}")
+    if type is not None and kind != "gguf":
+        raise ValueError(f"type={type!r}: only gguf has types")
+    if type is not None and type not in TYPES:
+        raise ValueError(f"type={type!r}: use one of {', '.join(TYPES)}")
     tokenizer = checkpoint.open_tokenizer()
     if tokenizer is None:
         logger.warning("%s has no tokenizer, so none is written", checkpoint.path)
