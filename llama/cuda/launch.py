@@ -1,0 +1,37 @@
+"""What all kernels share: how launches overlap, and how a kernel is run without a GPU.
+
+Programmatic dependent launch (compute capability 9.0): a kernel that is launched with `OVERLAP`
+begins while its predecessor runs. Until `wait` returns it may read what no kernel writes, weights
+and parameters, and nothing else; after it, all of its predecessors' writes are there. Every program
+of every kernel must call `wait`, also one that has nothing to do, since that is what makes the
+promise hold along a chain of kernels. `allow` lets the successor begin.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter, on CPU tensors: tests
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """Return when everything that was launched before has been written."""
+    if OVERLAP:
+        gdc_wait()
+
+
+@triton.jit
+def allow(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """Let the next kernel begin, up to its own `wait`."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+def overlap(device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a launch: overlapped with its predecessor where the GPU can do that."""
+    can = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": True, "launch_pdl": True} if can else {"OVERLAP": False}
