@@ -1,0 +1,254 @@
+"""Products of a few rows with a weight, at the speed at which the weight can be read.
+
+Two kernels, one template: `_one_row` multiplies and adds in float32, each program a few outputs;
+`_some_rows` gives tiles of the weight to the tensor cores, whose smallest tile has room for 16
+rows. Both read each weight once, and share what comes before and after the product: the norm of
+the input, and an epilogue that adds a residual, gates by SiLU, or rotates queries and keys and
+stores them. Knows no layers. The surprising thing: pairs (rotary, or w1 beside w3) are neighbours
+in a tile, so that one epilogue serves both; `_outputs` says which weight row that is.
+
+Letters: R rows, N outputs, K inputs; RP is R padded for the tensor cores.
+"""
+
+from dataclasses import dataclass
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama.cuda.launch import allow, overlap, wait
+from llama.cuda.tuning import OneRow, SomeRows, one_row_blocks, some_rows_blocks
+
+STORE, ADD, GATE, ROTATE = (tl.constexpr(i) for i in range(4))
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Where the joined product of wq, wk and wv goes: `q` (R, H, E), and a layer of the cache.
+
+    cos and sin (R, E/2) float32; slots and positions (R,) int32 say where keys and values of each
+    row belong, slot -1: nowhere. k and v are a layer's (P, T, K, E).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    positions: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@triton.jit
+def _outputs(j, n_outputs, EPILOGUE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """The weight rows of the tile's outputs `j`: w1 and w3 take turns where they gate."""
+    if EPILOGUE == GATE:
+        return (j % 2) * (n_outputs // 2) + j // 2
+    return j
+
+
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    y, first, r, rows, n_outputs, out, cos, sin, slots, positions, k, v,  # noqa: ANN001
+    EPILOGUE: tl.constexpr, BLOCK_N: tl.constexpr, RP: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr, T,  # noqa: ANN001
+):  # fmt: skip
+    """What becomes of a tile y (BLOCK_N, RP) of outputs `first` and on, of rows r (RP,)."""
+    if EPILOGUE == STORE or EPILOGUE == ADD:
+        n = first + tl.arange(0, BLOCK_N)
+        at = out + r[None, :].to(tl.int64) * n_outputs + n[:, None]
+        there = (n < n_outputs)[:, None] & (r < rows)[None, :]
+        if EPILOGUE == ADD:
+            y += tl.load(at, mask=there, other=0.0).to(tl.float32)
+        tl.store(at, y.to(out.dtype.element_ty), mask=there)
+    else:
+        pairs = tl.permute(tl.reshape(y, (BLOCK_N // 2, 2, RP)), (0, 2, 1))
+        a, b = tl.split(pairs)  # (BLOCK_N / 2, RP) each
+        p = first // 2 + tl.arange(0, BLOCK_N // 2)
+        there = (p < n_outputs // 2)[:, None] & (r < rows)[None, :]
+        if EPILOGUE == GATE:
+            gated = a / (1.0 + tl.exp(-a)) * b
+            at = out + r[None, :].to(tl.int64) * (n_outputs // 2) + p[:, None]
+            tl.store(at, gated.to(out.dtype.element_ty), mask=there)
+        else:
+            turned = there & (p < (HEADS + KV_HEADS) * (E // 2))[:, None]
+            angle = r[None, :] * (E // 2) + (p % (E // 2))[:, None]
+            c = tl.load(cos + angle, mask=turned, other=1.0)
+            s = tl.load(sin + angle, mask=turned, other=0.0)
+            low, high = (a * c - b * s), (a * s + b * c)
+            n = 2 * p[:, None]
+            is_q = there & (n < HEADS * E)
+            at = out + r[None, :].to(tl.int64) * (HEADS * E) + n
+            tl.store(at, low.to(out.dtype.element_ty), mask=is_q)
+            tl.store(at + 1, high.to(out.dtype.element_ty), mask=is_q)
+            slot = tl.load(slots + r, mask=r < rows, other=-1)
+            position = tl.load(positions + r, mask=r < rows, other=0)
+            kept = there & ((slot >= 0) & (position < T))[None, :]
+            base = (slot.to(tl.int64) * T + position) * (KV_HEADS * E)
+            is_k = kept & (n >= HEADS * E) & (n < (HEADS + KV_HEADS) * E)
+            at = k + base[None, :] + (n - HEADS * E)
+            tl.store(at, low.to(k.dtype.element_ty), mask=is_k)
+            tl.store(at + 1, high.to(k.dtype.element_ty), mask=is_k)
+            is_v = kept & (n >= (HEADS + KV_HEADS) * E)
+            at = v + base[None, :] + (n - (HEADS + KV_HEADS) * E)
+            tl.store(at, low.to(v.dtype.element_ty), mask=is_v)
+            tl.store(at + 1, high.to(v.dtype.element_ty), mask=is_v)
+
+
+@triton.jit
+def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    x, w, gain, eps, n_outputs, out, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
+    EPILOGUE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of one row: the sum over inputs is made once, at the end, across threads.
+
+    The norm needs no pass of its own: its factor is a number, found beside the product.
+    """
+    allow(OVERLAP)
+    first = tl.program_id(0) * BLOCK_N
+    j = first + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_K)
+    row = w + _outputs(j, n_outputs, EPILOGUE).to(tl.int64)[:, None] * K
+    real = (j < n_outputs)[:, None]
+    tile = tl.load(
+        row + c[None, :], mask=real & (c < K)[None, :], other=0.0, eviction_policy="evict_first"
+    )
+    wait(OVERLAP)
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        inside = c + start < K
+        if start > 0:
+            tile = tl.load(
+                row + (c + start)[None, :], mask=real & inside[None, :], other=0.0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+        xs = tl.load(x + start + c, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            squares += xs * xs
+            xs *= tl.load(gain + start + c, mask=inside, other=0.0).to(tl.float32)
+        total += tile.to(tl.float32) * xs[None, :]
+    y = tl.sum(total, 1)
+    if NORM:
+        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    _finish(
+        y[:, None], first, tl.arange(0, 1), 1, n_outputs, out, cos, sin, slots, positions, k, v,
+        EPILOGUE, BLOCK_N, 1, HEADS, KV_HEADS, E, T,
+    )  # fmt: skip
+
+
+@triton.jit
+def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    x, w, rows, n_outputs, out, partial, arrived, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
+    K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, E: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of RP rows over a SPLIT-th of the inputs; the last one to come adds up.
+
+    The sum over splits is made in their order, whoever comes last, so it is always the same.
+    """
+    allow(OVERLAP)
+    first, part = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    j = first + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, RP)
+    row = w + _outputs(j, n_outputs, EPILOGUE).to(tl.int64)[:, None] * K
+    real = (j < n_outputs)[:, None]
+    SPAN: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    begin = part * SPAN
+    wait(OVERLAP)
+    y = tl.zeros((BLOCK_N, RP), tl.float32)
+    for start in tl.range(begin, min(begin + SPAN, K), BLOCK_K, num_stages=STAGES):
+        c = start + tl.arange(0, BLOCK_K)
+        there, here = real, (r < rows)[None, :]
+        if K % BLOCK_K:
+            there, here = there & (c < K)[None, :], here & (c < K)[:, None]
+        tile = tl.load(row + c[None, :], mask=there, other=0.0, eviction_policy="evict_first")
+        xs = tl.load(x + r[None, :] * K + c[:, None], mask=here, other=0.0)
+        y = tl.dot(tile, xs, y, input_precision="ieee")
+    last = True
+    if SPLIT > 1:
+        cell = tl.arange(0, BLOCK_N)[:, None] * RP + r[None, :]
+        mine = partial + (tl.program_id(0) * SPLIT + part).to(tl.int64) * (BLOCK_N * RP)
+        tl.store(mine + cell, y)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            tl.store(arrived + tl.program_id(0), 0)
+            y = tl.zeros((BLOCK_N, RP), tl.float32)
+            theirs = partial + (tl.program_id(0) * SPLIT).to(tl.int64) * (BLOCK_N * RP)
+            for i in tl.static_range(SPLIT):
+                y += tl.load(theirs + i * (BLOCK_N * RP) + cell, cache_modifier=".cg")
+    if last:
+        _finish(
+            y, first, r, rows, n_outputs, out, cos, sin, slots, positions, k, v,
+            EPILOGUE, BLOCK_N, RP, HEADS, KV_HEADS, E, T,
+        )  # fmt: skip
+
+
+class Products:
+    """Launches the products of one device, and holds the scratch of those that are split."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.extra = overlap(device)
+        self.partial = torch.empty(0, device=device)
+        self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        epilogue: tl.constexpr = STORE,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        rotation: Rotation | None = None,
+        blocks: OneRow | SomeRows | None = None,
+    ) -> Tensor:
+        """x (R, K) times weight (N, K), and the epilogue, into `out`, which is returned.
+
+        STORE: out (R, N), of any float dtype. ADD: added to out (R, N). GATE: the weight is w1 over
+        w3, out (R, N / 2) is silu(w1 x) * w3 x. ROTATE: the weight is wq over wk over wv, out (R,
+        H, E) are the rotated queries, and `rotation` says where keys and values go. `norm` (weight,
+        eps) is that of x, for a single row. `blocks` overrules the table of tuning.py.
+        """
+        rows, inputs = x.shape
+        outputs = weight.shape[0]
+        heads, kv_heads, size, longest = 0, 0, 2, 0
+        where = (x,) * 6
+        if rotation is not None:
+            longest, kv_heads, size = rotation.k.shape[1:]
+            heads = outputs // size - 2 * kv_heads
+            where = (rotation.cos, rotation.sin, rotation.slots, rotation.positions, rotation.k,
+                     rotation.v)  # fmt: skip
+        shape = dict(EPILOGUE=epilogue, HEADS=heads, KV_HEADS=kv_heads, E=size, **self.extra)
+        if rows == 1:
+            block_n, block_k, warps = blocks or one_row_blocks(outputs, inputs)  # type: ignore[misc]
+            gain, eps = norm or (x, 0.0)
+            _one_row[(triton.cdiv(outputs, block_n),)](
+                x, weight, gain, eps, outputs, out, *where, longest,
+                K=inputs, BLOCK_N=block_n, BLOCK_K=block_k, NORM=norm is not None,
+                num_warps=warps, **shape,
+            )  # fmt: skip
+            return out
+        assert norm is None, "the norm of several rows is made before"
+        padded, block_n, block_k, split, stages, warps = blocks or some_rows_blocks(
+            rows, outputs, inputs
+        )
+        tiles = triton.cdiv(outputs, block_n)
+        if split > 1:
+            self._reserve(tiles * split * block_n * padded, tiles)
+        _some_rows[(tiles, split)](
+            x, weight, rows, outputs, out, self.partial, self.arrived, *where, longest,
+            K=inputs, RP=padded, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT=split, STAGES=stages,
+            num_warps=warps, **shape,
+        )  # fmt: skip
+        return out
+
+    def _reserve(self, numbers: int, tiles: int) -> None:
+        """Scratch for a split product; it grows in the run that comes before a capture."""
+        if self.partial.numel() < numbers:
+            self.partial = self.partial.new_empty(numbers)
+        if self.arrived.numel() < tiles:
+            self.arrived = self.arrived.new_zeros(tiles)

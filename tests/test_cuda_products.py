@@ -1,0 +1,181 @@
+"""The kernels of few rows against plain torch: in Triton's interpreter, or on a GPU where there is
+one (the real shapes only there)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+cuda = pytest.importorskip("triton", reason="triton is not installed") and pytest.importorskip(
+    "llama.cuda.products"
+)
+from llama.cuda import attention  # noqa: E402
+from llama.cuda.attention import DecodeAttention  # noqa: E402
+from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation  # noqa: E402
+from llama.cuda.tuning import DecodeAttention as AttentionBlocks  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAN = float("nan")
+# The interpreter takes the bits of bfloat16 for integers in tl.dot.
+HALF = [torch.float32, torch.bfloat16 if DEVICE.type == "cuda" else torch.float16]
+
+
+def rotated(x, cos, sin):
+    a, b, c, s = x[..., ::2], x[..., 1::2], cos[:, None], sin[:, None]
+    return torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def close(ours, expected, dtype):
+    """Within what rounding to `dtype` explains, everywhere, and nothing left unwritten."""
+    bound = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    error = (ours.double() - expected.double()).abs() / (1 + expected.double().abs())
+    assert error.max() < bound, error.max()  # NaN fails too
+
+
+@pytest.fixture(scope="module")
+def multiply():
+    return Products(DEVICE)
+
+
+BLOCKS = [
+    (1, None), (1, (4, 32, 2)), (1, (2, 128, 4)),
+    (2, None), (5, (32, 16, 32, 2, 2, 4)), (17, (32, 32, 32, 3, 2, 4)), (64, (64, 32, 64, 1, 2, 4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("rows", "blocks"), BLOCKS)
+@pytest.mark.parametrize("inputs", [64, 160])
+def test_products_with_their_epilogues(multiply, rows, blocks, inputs, dtype):
+    x, w = randn(rows, inputs, dtype=dtype), randn(72, inputs, dtype=dtype, seed=1) / 8
+    product = x.double() @ w.double().T
+    out = torch.full((rows, 72), NAN, device=DEVICE)
+    close(multiply(x, w, out, STORE, blocks=blocks), product, dtype)
+    residual = randn(rows, 72, dtype=dtype, seed=2)
+    expected = residual.double() + product
+    close(multiply(x, w, residual, ADD, blocks=blocks), expected, dtype)
+    gate, up = product.chunk(2, 1)
+    out = torch.full((rows, 36), NAN, device=DEVICE, dtype=dtype)
+    close(multiply(x, w, out, GATE, blocks=blocks), F.silu(gate) * up, dtype)
+
+
+@pytest.mark.parametrize(("rows", "blocks"), BLOCKS)
+def test_queries_and_keys_are_rotated_and_stored(multiply, rows, blocks):
+    heads, kv, size, slots, longest = 4, 2, 8, 70, 5
+    x, w = randn(rows, 96), randn(64, 96, seed=1) / 8
+    cos, sin = randn(rows, size // 2, seed=2), randn(rows, size // 2, seed=3)
+    slot = torch.randperm(slots, generator=torch.Generator().manual_seed(4))[:rows].int()
+    if rows > 1:
+        slot[rows // 2] = -1
+    position = torch.arange(rows).int() % (longest + 1)  # one past the end is stored nowhere
+    k, v = (torch.zeros(slots, longest, kv, size, device=DEVICE) for _ in range(2))
+    q = torch.full((rows, heads, size), NAN, device=DEVICE)
+    where = Rotation(cos, sin, slot.to(DEVICE), position.to(DEVICE), k, v)
+    multiply(x, w, q, ROTATE, rotation=where, blocks=blocks)
+    y = (x @ w.T).view(rows, heads + 2 * kv, size)
+    close(q, rotated(y[:, :heads], cos, sin), torch.float32)
+    expected_k, expected_v = torch.zeros_like(k), torch.zeros_like(v)
+    for r in range(rows):
+        if slot[r] >= 0 and position[r] < longest:
+            keys = rotated(y[r : r + 1, heads : heads + kv], cos[r : r + 1], sin[r : r + 1])
+            expected_k[slot[r], position[r]] = keys[0]
+            expected_v[slot[r], position[r]] = y[r, heads + kv :]
+    close(k, expected_k, torch.float32)
+    close(v, expected_v, torch.float32)
+
+
+def test_the_norm_before_a_single_row(multiply):
+    x, w, gain = randn(1, 160), randn(72, 160, seed=1) / 8, 1 + randn(160, seed=2) / 8
+    out = torch.full((1, 72), NAN, device=DEVICE)
+    multiply(x, w, out, STORE, norm=(gain, 1e-5))
+    close(out, F.rms_norm(x, (160,), gain, 1e-5) @ w.T, torch.float32)
+
+
+def attended(q, k, v, slots, lengths):
+    """Attention of each row in float64."""
+    rows = []
+    for r, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
+        keys, values = (
+            t[slot, :length].double().repeat_interleave(q.shape[1] // k.shape[2], 1) for t in (k, v)
+        )
+        scores = torch.einsum("he,lhe->hl", q[r].double(), keys) * q.shape[-1] ** -0.5
+        rows.append(torch.einsum("hl,lhe->he", scores.softmax(-1), values))
+    return torch.stack(rows)
+
+
+def ragged(rows, heads, kv, size, longest, dtype=torch.float32):
+    """Random rows in slots out of order, NaN behind what each has."""
+    q = randn(rows, heads, size, dtype=dtype)
+    k, v = (randn(rows + 2, longest, kv, size, dtype=dtype, seed=s) for s in (1, 2))
+    generator = torch.Generator().manual_seed(rows)
+    slots = torch.randperm(rows + 2, generator=generator)[:rows].int().to(DEVICE)
+    lengths = torch.randint(1, longest + 1, (rows,), generator=generator).int().to(DEVICE)
+    lengths[-1] = longest
+    for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+        k[slot, length:] = v[slot, length:] = NAN
+    return q, k, v, slots, lengths
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv", "size", "longest", "programs", "block"),
+    [(1, 4, 2, 16, 90, 4, 16), (3, 8, 2, 32, 70, 5, 16), (5, 2, 2, 16, 150, 8, 32),
+     (2, 6, 2, 64, 40, 3, 16), (40, 2, 1, 16, 40, 64, 16), (1, 4, 4, 16, 1, 4, 16)],
+)  # fmt: skip
+def test_attention_split_over_ragged_rows(
+    monkeypatch, rows, heads, kv, size, longest, programs, block
+):
+    monkeypatch.setattr(
+        attention, "decode_attention_blocks", lambda *_: AttentionBlocks(programs, block, 2, 4)
+    )
+    q, k, v, slots, lengths = ragged(rows, heads, kv, size, longest)
+    kernel = DecodeAttention(rows, heads, kv, size, DEVICE)
+    kernel.sums.fill_(NAN)
+    for _ in range(2):  # the second time with the counters that the first one left
+        out = torch.full_like(q, NAN)
+        kernel(q, k, v, slots, lengths, out)
+        close(out, attended(q, k, v, slots, lengths), torch.float32)
+    if rows > 1:
+        lengths[1] = 0
+        out.fill_(7)
+        kernel(q, k, v, slots, lengths, out)
+        assert (out[1] == 7).all()
+        assert out[0].ne(7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (4096, 14336), (4096, 4096)])
+def test_real_products(multiply, rows, outputs, inputs):
+    x = randn(rows, inputs, dtype=torch.bfloat16)
+    w = (randn(outputs, inputs, seed=1) / inputs**0.5).bfloat16()
+    product = x.double() @ w.double().T
+    plain = (x @ w.T).double()
+    for _ in range(3):
+        out = torch.full((rows, outputs), NAN, device=DEVICE)
+        multiply(x, w, out, STORE)
+        ours = (out.double() - product).norm() / product.norm()
+        assert ours <= 1.1 * (plain - product).norm() / product.norm()
+    residual = torch.zeros((rows, outputs), device=DEVICE, dtype=torch.bfloat16)
+    close(multiply(x, w, residual, ADD), product, torch.bfloat16)
+    gated = torch.full((rows, outputs // 2), NAN, device=DEVICE, dtype=torch.bfloat16)
+    gate, up = product.chunk(2, 1)
+    close(multiply(x, w, gated, GATE), F.silu(gate) * up, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "longest"), [(1, 8000), (1, 100), (7, 3000), (32, 1024), (128, 700)]
+)
+@pytest.mark.parametrize(("heads", "kv", "size"), [(32, 8, 128), (32, 8, 64), (24, 8, 128)])
+def test_real_attention(rows, longest, heads, kv, size):
+    q, k, v, slots, lengths = ragged(rows, heads, kv, size, longest, torch.bfloat16)
+    kernel = DecodeAttention(rows, heads, kv, size, DEVICE)
+    expected = attended(q, k, v, slots, lengths)
+    for _ in range(20):
+        out = torch.full_like(q, NAN)
+        kernel(q, k, v, slots, lengths, out)
+        assert (out.double() - expected).norm() / expected.norm() < 5e-3
