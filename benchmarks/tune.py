@@ -41,22 +41,24 @@ def weights_of(args: ModelArgs) -> dict[str, tuple[int, int, int, bool]]:
 def candidates(rows: int, outputs: int, inputs: int) -> list[tuple]:
     """Blocks to try for a product."""
     if rows == 1:
-        shapes = [(1, 1024), (1, 2048), (1, 4096), (2, 512), (2, 1024), (2, 2048), (4, 512),
-                  (4, 1024), (8, 256), (8, 512), (16, 256)]  # fmt: skip
+        tiles = [(2, 1024, 4), (4, 512, 4), (4, 1024, 4), (8, 256, 4), (8, 512, 4), (8, 512, 8),
+                 (16, 256, 4), (16, 256, 8), (16, 512, 8)]  # fmt: skip
         return [
-            tuning.OneRow(n, k, warps)
-            for (n, k), warps in itertools.product(shapes, (4, 8))
-            if k <= inputs and n * k // (32 * warps) <= 64 and n * k // (32 * warps) >= 8
+            tuning.OneRow(*tile, ahead, fetch)
+            for tile, ahead, fetch in itertools.product(tiles, (1, 2, 3), (0, 2048, 8192))
+            if tile[1] <= inputs
         ]
     padded = max(16, tuning.power_of_two(rows))
-    tiles = [(32, 128), (32, 256), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128)]
+    tiles = [(64, 64), (64, 128), (64, 256), (128, 128)]
     found = []
     for (n, k), split, stages in itertools.product(tiles, (1, 2, 4, 8), (3, 4, 6)):
         programs = -(-outputs // n) * split
         memory = stages * (n + padded) * k * 2
         if 100 <= programs <= (1200 if outputs < 10**5 else 10**5) and 49152 <= memory <= 220000:
             if split == 1 or inputs // split >= 4 * k:
-                found += [tuning.SomeRows(padded, n, k, split, stages, 8 if n == 128 else 4)]
+                for fetch in (0, 2048):
+                    warps = 8 if n == 128 else 4
+                    found += [tuning.SomeRows(padded, n, k, split, stages, warps, fetch)]
     return found
 
 
@@ -186,9 +188,12 @@ def attend(shape: str, rows: int, context: int, blocks: tuple, device: str):
 
 
 def attention_candidates(rows: int, kv_heads: int) -> list[tuple]:
-    every = itertools.product((128, 256, 512, 1024, 2048, 4096), (32, 64, 128), (2, 3, 4), (4,))
-    found = [tuning.DecodeAttention(p // kv_heads, b, s, w) for p, b, s, w in every]
-    return [f for f in found if f.block * f.stages <= 384]
+    every = itertools.product(
+        (128, 256, 512, 2048) if rows < 64 else (512, 2048, 4096), (64, 128, 256), (2, 3), (4, 8),
+        (128, 512),
+    )  # fmt: skip
+    found = [tuning.DecodeAttention(p // kv_heads, *rest) for p, *rest in every]
+    return [f for f in found if f.block * f.stages <= 400]
 
 
 def main(
@@ -206,8 +211,7 @@ def main(
     for count, name in itertools.product(rows, only):
         if name == "attention":
             every = attention_candidates(count, args.n_kv_heads)
-            kinds = {f[1:]: f for f in every}
-            jobs += [(shape, name, count, f) for f in every if f in kinds.values()]
+            jobs += [(shape, name, count, f) for f in every]
         else:
             outputs, inputs = weights_of(args)[name][:2]
             jobs += [(shape, name, count, b) for b in candidates(count, outputs, inputs)]

@@ -12,6 +12,7 @@ from llama.cuda import attention  # noqa: E402
 from llama.cuda.attention import DecodeAttention  # noqa: E402
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation  # noqa: E402
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks  # noqa: E402
+from llama.cuda.tuning import OneRow, SomeRows  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
@@ -42,8 +43,9 @@ def multiply():
 
 
 BLOCKS = [
-    (1, None), (1, (4, 32, 2)), (1, (2, 128, 4)),
-    (2, None), (5, (32, 16, 32, 2, 2, 4)), (17, (32, 32, 32, 3, 2, 4)), (64, (64, 32, 64, 1, 2, 4)),
+    (1, None), (1, OneRow(4, 32, 2, 3, 128)), (1, OneRow(2, 128, 4, 2)),
+    (2, None), (5, SomeRows(32, 16, 32, 2, 2, 4)), (17, SomeRows(32, 32, 32, 3, 2, 4, 128)),
+    (64, SomeRows(64, 32, 64, 1, 2, 4)),
 ]  # fmt: skip
 
 

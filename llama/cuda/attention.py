@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.cuda.launch import allow, overlap, wait
+from llama.cuda.launch import allow, fetch, overlap, wait
 from llama.cuda.tuning import decode_attention_blocks, power_of_two
 
 
@@ -42,24 +42,28 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     q, k, v, slots, lengths, out, sums, tops, arrived, rows, T, scale,  # noqa: ANN001
     KV_HEADS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, G_PAD: tl.constexpr,
     R_PAD: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One key head of one part of one row; the last part to come joins them, in their order."""
     allow(OVERLAP)
     row, part, begin, parts, keys, length = _share_out(lengths, rows, R_PAD, PROGRAMS, BLOCK)
     head = tl.program_id(1)
+    g, e = tl.arange(0, G_PAD), tl.arange(0, E)
+    slot = tl.load(slots + tl.minimum(row, rows - 1)).to(tl.int64)
+    base = (tl.maximum(slot, 0) * T * KV_HEADS + head) * E
+    first = part * keys
+    if row < rows:  # what earlier steps cached is there already; the newest key is not
+        soon = tl.minimum(first + tl.arange(0, AHEAD), length - 1).to(tl.int64)
+        fetch(k + base + soon[:, None] * (KV_HEADS * E), E, LINES, OVERLAP)
+        fetch(v + base + soon[:, None] * (KV_HEADS * E), E, LINES, OVERLAP)
     wait(OVERLAP)
     if row == rows:
         return
-    g, e = tl.arange(0, G_PAD), tl.arange(0, E)
-    slot = tl.load(slots + row).to(tl.int64)
-    base = (slot * T * KV_HEADS + head) * E
     heads = (row * KV_HEADS + head).to(tl.int64) * (G * E)
     asked = tl.load(q + heads + g[:, None] * E + e[None, :], mask=(g < G)[:, None], other=0.0)
     top = tl.full((G_PAD,), float("-inf"), tl.float32)
     weight = tl.zeros((G_PAD,), tl.float32)
     mixed = tl.zeros((G_PAD, E), tl.float32)
-    first = part * keys
     for start in tl.range(first, tl.minimum(first + keys, length), BLOCK, num_stages=STAGES):
         t = start + tl.arange(0, BLOCK)
         at = base + t.to(tl.int64)[:, None] * (KV_HEADS * E) + e[None, :]
@@ -120,16 +124,18 @@ class DecodeAttention:
         self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, out: Tensor
     ) -> Tensor:
         """q (R, H, E) over the first lengths[r] keys of slots[r] in k and v, a layer's (P, T, K,
-        E), into out (R, H, E), which is returned. slots and lengths (R,) are int32; a row of length
-        0 reads nothing, and its output is left as it was."""
+        E), into out (R, H, E), which is returned. slots and lengths (R,) are int32, and were not
+        written by the kernel launched before this one; a row of length 0 reads nothing, and its
+        output is left as it was."""
         rows, heads, size = q.shape
         longest, kv_heads = k.shape[1:3]
-        programs, block, stages, warps = decode_attention_blocks(rows, kv_heads)
+        programs, block, stages, warps, ahead = decode_attention_blocks(rows, kv_heads)
         _attend[(programs + rows, kv_heads)](
             q, k, v, slots, lengths, out, self.sums, self.tops, self.arrived, rows, longest,
             size**-0.5 * 1.4426950408889634,  # times log2(e): scores are exponents of 2
             KV_HEADS=kv_heads, G=heads // kv_heads, E=size,
             G_PAD=max(16, power_of_two(heads // kv_heads)), R_PAD=max(2, power_of_two(rows)),
-            PROGRAMS=programs, BLOCK=block, STAGES=stages, num_warps=warps, **self.extra,
+            PROGRAMS=programs, BLOCK=block, STAGES=stages, AHEAD=ahead,
+            LINES=max(128, size * k.element_size()), num_warps=warps, **self.extra,
         )  # fmt: skip
         return out

@@ -31,6 +31,19 @@ def allow(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN20
         gdc_launch_dependents()
 
 
+@triton.jit
+def fetch(row, length, FETCH: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
+    """Have the first FETCH bytes of rows brought to the L2 cache; (N, 1) pointers to `length`
+    numbers each, of what no kernel writes. Waits for nothing."""
+    if OVERLAP and FETCH > 0:
+        numbers: tl.constexpr = 1024 // row.dtype.element_ty.primitive_bitwidth  # of a cache line
+        line = tl.minimum(tl.arange(0, FETCH // 128) * numbers, length - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(row + line[None, :]).to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
 def overlap(device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a launch: overlapped with its predecessor where the GPU can do that."""
     can = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -11,12 +11,13 @@ Letters: R rows, N outputs, K inputs; RP is R padded for the tensor cores.
 """
 
 from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.cuda.launch import allow, overlap, wait
+from llama.cuda.launch import allow, fetch, overlap, wait
 from llama.cuda.tuning import OneRow, SomeRows, one_row_blocks, some_rows_blocks
 
 STORE, ADD, GATE, ROTATE = (tl.constexpr(i) for i in range(4))
@@ -53,7 +54,7 @@ def _finish(  # type: ignore[no-untyped-def]  # noqa: ANN202
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr, T,  # noqa: ANN001
 ):  # fmt: skip
     """What becomes of a tile y (BLOCK_N, RP) of outputs `first` and on, of rows r (RP,)."""
-    if EPILOGUE == STORE or EPILOGUE == ADD:
+    if EPILOGUE == STORE or EPILOGUE == ADD:  # noqa: SIM109 (Triton)
         n = first + tl.arange(0, BLOCK_N)
         at = out + r[None, :].to(tl.int64) * n_outputs + n[:, None]
         there = (n < n_outputs)[:, None] & (r < rows)[None, :]
@@ -95,14 +96,24 @@ def _finish(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 @triton.jit
+def _there(real, c, start: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """The mask of a tile of weights: its rows, and its columns where they could leave the row."""
+    if start + BLOCK_K <= K:
+        return real & (c < BLOCK_K)[None, :]
+    return real & (c + start < K)[None, :]
+
+
+@triton.jit
 def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
     x, w, gain, eps, n_outputs, out, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
     EPILOGUE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of one row: the sum over inputs is made once, at the end, across threads.
 
+    AHEAD tiles of weights are in registers, and FETCH bytes more of each row on their way to the
+    L2 cache, when the input arrives: memory stays busy while the predecessor ends.
     The norm needs no pass of its own: its factor is a number, found beside the product.
     """
     allow(OVERLAP)
@@ -111,19 +122,31 @@ def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
     c = tl.arange(0, BLOCK_K)
     row = w + _outputs(j, n_outputs, EPILOGUE).to(tl.int64)[:, None] * K
     real = (j < n_outputs)[:, None]
-    tile = tl.load(
-        row + c[None, :], mask=real & (c < K)[None, :], other=0.0, eviction_policy="evict_first"
-    )
+    tile = tl.load(row + c[None, :], mask=_there(real, c, 0, K, BLOCK_K), other=0.0)
+    second, third = tile, tile
+    if AHEAD > 1:
+        second = tl.load(
+            row + (BLOCK_K + c)[None, :], mask=_there(real, c, BLOCK_K, K, BLOCK_K), other=0.0
+        )
+    if AHEAD > 2:
+        third = tl.load(
+            row + (2 * BLOCK_K + c)[None, :], mask=_there(real, c, 2 * BLOCK_K, K, BLOCK_K),
+            other=0.0,
+        )  # fmt: skip
+    fetch(row + AHEAD * BLOCK_K, K - AHEAD * BLOCK_K, FETCH, OVERLAP)
     wait(OVERLAP)
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
-        inside = c + start < K
-        if start > 0:
+        if AHEAD > 1 and start == BLOCK_K:
+            tile = second
+        elif AHEAD > 2 and start == 2 * BLOCK_K:
+            tile = third
+        elif start > 0:
             tile = tl.load(
-                row + (c + start)[None, :], mask=real & inside[None, :], other=0.0,
-                eviction_policy="evict_first",
-            )  # fmt: skip
+                row + (c + start)[None, :], mask=_there(real, c, start, K, BLOCK_K), other=0.0
+            )
+        inside = c + start < K
         xs = tl.load(x + start + c, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             squares += xs * xs
@@ -142,7 +165,7 @@ def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
 def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     x, w, rows, n_outputs, out, partial, arrived, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
     K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, FETCH: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, E: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of RP rows over a SPLIT-th of the inputs; the last one to come adds up.
@@ -157,6 +180,7 @@ def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     real = (j < n_outputs)[:, None]
     SPAN: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
     begin = part * SPAN
+    fetch(row + begin, min(SPAN, K - begin), FETCH, OVERLAP)
     wait(OVERLAP)
     y = tl.zeros((BLOCK_N, RP), tl.float32)
     for start in tl.range(begin, min(begin + SPAN, K), BLOCK_K, num_stages=STAGES):
@@ -224,25 +248,26 @@ class Products:
                      rotation.v)  # fmt: skip
         shape = dict(EPILOGUE=epilogue, HEADS=heads, KV_HEADS=kv_heads, E=size, **self.extra)
         if rows == 1:
-            block_n, block_k, warps = blocks or one_row_blocks(outputs, inputs)  # type: ignore[misc]
+            one = blocks or one_row_blocks(outputs, inputs)
+            assert isinstance(one, OneRow), one
             gain, eps = norm or (x, 0.0)
-            _one_row[(triton.cdiv(outputs, block_n),)](
+            _one_row[(triton.cdiv(outputs, one.block_n),)](
                 x, weight, gain, eps, outputs, out, *where, longest,
-                K=inputs, BLOCK_N=block_n, BLOCK_K=block_k, NORM=norm is not None,
-                num_warps=warps, **shape,
+                K=inputs, BLOCK_N=one.block_n, BLOCK_K=one.block_k, NORM=norm is not None,
+                AHEAD=min(one.ahead, triton.cdiv(inputs, one.block_k)), FETCH=one.fetch,
+                num_warps=one.warps, **shape,
             )  # fmt: skip
             return out
         assert norm is None, "the norm of several rows is made before"
-        padded, block_n, block_k, split, stages, warps = blocks or some_rows_blocks(
-            rows, outputs, inputs
-        )
-        tiles = triton.cdiv(outputs, block_n)
-        if split > 1:
-            self._reserve(tiles * split * block_n * padded, tiles)
-        _some_rows[(tiles, split)](
+        some = blocks or some_rows_blocks(rows, outputs, inputs)
+        assert isinstance(some, SomeRows), some
+        tiles = triton.cdiv(outputs, some.block_n)
+        if some.split > 1:
+            self._reserve(tiles * some.split * some.block_n * some.padded, tiles)
+        _some_rows[(tiles, some.split)](
             x, weight, rows, outputs, out, self.partial, self.arrived, *where, longest,
-            K=inputs, RP=padded, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT=split, STAGES=stages,
-            num_warps=warps, **shape,
+            K=inputs, RP=some.padded, BLOCK_N=some.block_n, BLOCK_K=some.block_k, SPLIT=some.split,
+            STAGES=some.stages, FETCH=some.fetch, num_warps=some.warps, **shape,
         )  # fmt: skip
         return out
 

@@ -7,15 +7,19 @@ from typing import NamedTuple
 
 
 class OneRow(NamedTuple):
-    """Outputs and inputs of a program's block, and its warps."""
+    """Outputs and inputs of a program's tile, its warps, tiles and bytes a row that are on their
+    way before the input is there."""
 
     block_n: int
     block_k: int
     warps: int
+    ahead: int = 1
+    fetch: int = 0
 
 
 class SomeRows(NamedTuple):
-    """Rows as the tensor cores see them, the tile, programs that share a sum, stages, warps."""
+    """Rows as the tensor cores see them, the tile, programs that share a sum, stages, warps, bytes
+    a row that are on their way before the input is there."""
 
     padded: int
     block_n: int
@@ -23,6 +27,7 @@ class SomeRows(NamedTuple):
     split: int
     stages: int
     warps: int
+    fetch: int = 0
 
 
 def power_of_two(n: int) -> int:
@@ -43,12 +48,14 @@ def some_rows_blocks(rows: int, outputs: int, inputs: int) -> SomeRows:
 
 
 class DecodeAttention(NamedTuple):
-    """Programs a key head that share the keys, keys of a block, stages, warps."""
+    """Programs a key head that share the keys, keys of a block, stages, warps, keys that are on
+    their way before the queries are there."""
 
     programs: int
     block: int
     stages: int
     warps: int
+    ahead: int = 128
 
 
 def decode_attention_blocks(rows: int, kv_heads: int) -> DecodeAttention:
