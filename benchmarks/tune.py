@@ -41,12 +41,14 @@ def weights_of(args: ModelArgs) -> dict[str, tuple[int, int, int, bool]]:
 def candidates(rows: int, outputs: int, inputs: int) -> list[tuple]:
     """Blocks to try for a product."""
     if rows == 1:
-        tiles = [(2, 1024, 4), (4, 512, 4), (4, 1024, 4), (8, 256, 4), (8, 512, 4), (8, 512, 8),
-                 (16, 256, 4), (16, 256, 8), (16, 512, 8)]  # fmt: skip
+        tiles = [(2, 1024, 4), (4, 1024, 4), (2, 2048, 4), (4, 2048, 8), (2, 2048, 8), (4, 512, 4),
+                 (4, 1024, 8)]  # fmt: skip
         return [
-            tuning.OneRow(*tile, ahead, fetch)
-            for tile, ahead, fetch in itertools.product(tiles, (1, 2, 3), (0, 2048, 8192))
-            if tile[1] <= inputs
+            tuning.OneRow(*tile, each, ahead, fetch)
+            for tile, each, ahead, fetch in itertools.product(
+                tiles, (1, 2, 3, 4), (2, 4), (0, 1)
+            )
+            if ahead * tile[1] <= inputs
         ]
     padded = max(16, tuning.power_of_two(rows))
     tiles = [(64, 64), (64, 128), (64, 256), (128, 128)]
@@ -146,6 +148,7 @@ def compile_one(job: tuple) -> str | None:
 
     shape, name, rows, blocks = job
     driver.set_active(NoGpu())
+    products.processors = lambda device: 132
     products.overlap = attention.overlap = lambda device: {"OVERLAP": True, "launch_pdl": True}
     run = JITFunction.run
     if run.__name__ == "run":

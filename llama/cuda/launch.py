@@ -37,7 +37,8 @@ def fetch(row, length, FETCH: tl.constexpr, OVERLAP: tl.constexpr):  # type: ign
     numbers each, of what no kernel writes. Waits for nothing."""
     if OVERLAP and FETCH > 0:
         numbers: tl.constexpr = 1024 // row.dtype.element_ty.primitive_bitwidth  # of a cache line
-        line = tl.minimum(tl.arange(0, FETCH // 128) * numbers, length - 1)
+        lines: tl.constexpr = triton.next_power_of_2(FETCH // 128)
+        line = tl.minimum(tl.arange(0, lines) * numbers, length - 1)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(row + line[None, :]).to(tl.int64)],
             dtype=tl.int32, is_pure=False, pack=1,
@@ -48,3 +49,10 @@ def overlap(device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a launch: overlapped with its predecessor where the GPU can do that."""
     can = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"OVERLAP": True, "launch_pdl": True} if can else {"OVERLAP": False}
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; 3 in the interpreter, so that programs get several blocks."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 
 class OneRow(NamedTuple):
-    """Outputs and inputs of a program's tile, its warps, tiles and bytes a row that are on their
-    way before the input is there."""
+    """Outputs and inputs of a tile, warps, programs on each multiprocessor, tiles that are loaded
+    ahead, blocks that are fetched to the L2 cache before the input is there."""
 
     block_n: int
     block_k: int
     warps: int
-    ahead: int = 1
+    each: int = 2
+    ahead: int = 4
     fetch: int = 0
 
 
@@ -36,7 +37,7 @@ def power_of_two(n: int) -> int:
 
 
 def one_row_blocks(outputs: int, inputs: int) -> OneRow:
-    return OneRow(2, min(1024, power_of_two(inputs)), 8 if inputs > 512 else 2)
+    return OneRow(4, min(1024, power_of_two(inputs)), 4)
 
 
 def some_rows_blocks(rows: int, outputs: int, inputs: int) -> SomeRows:
