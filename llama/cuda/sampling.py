@@ -40,8 +40,8 @@ FULL = tl.constexpr(2**TOP_P_BITS)  # a top_p that filters nothing
 LEAST_TAIL = tl.constexpr(int(WEIGHT_SCALE) >> TOP_P_BITS)
 COLDEST = tl.constexpr(SMALLEST_NORMAL)
 
-# A weight is at least 1 where odds are at least 2**-40. From there to 1.0 floats have 40 * 2**23 + 1
-# bit patterns: digits of 641, 1024 and 512 values.
+# A weight is at least 1 where odds are at least 2**-40. From there to 1.0 are 40 * 2**23 + 1
+# patterns of bits: digits of 641, 1024 and 512 values.
 LOWEST = tl.constexpr((127 - 40) << 23)
 SHIFT, SHIFT_LOW = tl.constexpr(19), tl.constexpr(9)
 RADIX, RADIX_LOW = tl.constexpr(1024), tl.constexpr(512)
