@@ -101,8 +101,8 @@ class Case:
         assert ids.tolist() == expected.tolist()
         assert torch.allclose(logprob, expected_logprob, rtol=0, atol=1e-5)
         assert finite.tolist() == expected_finite.int().tolist() == [1] * len(ids)
-        spare = made.ids[-1], made.finite[-1], made.logprob[-1]
-        assert spare[:2] == (-7, -7) and spare[2].isnan(), "wrote to a row that was not asked for"
+        assert (made.ids[-1], made.finite[-1]) == (-7, -7), "a row that was not asked for"
+        assert made.logprob[-1].isnan(), "a row that was not asked for"
         assert torch.equal(self.logits, before)
 
 
@@ -125,7 +125,7 @@ def shapes_of_logits(rows, vocab):
         # neighbours differ in the lowest bits of their odds only: the third digit tells them apart
         "close": (torch.arange(vocab) * -(2.0**-21)).flip(0).expand(rows, vocab).contiguous(),
         "impossible": some,
-        "zeros": torch.where(normal(rows, vocab) < 0, 0.0, -0.0),
+        "zeros": torch.where(normal(rows, vocab) > 0, 0.0, -0.0),  # the first is a -0.0
         "huge": normal(rows, vocab, spread=1e37),
     }
 
@@ -140,7 +140,7 @@ def test_ids_and_logprobs_are_those_of_the_plain_sampler(small, kind):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("vocab", [1, 2, 33])
+@pytest.mark.parametrize("vocab", [1, 33])
 def test_any_vocabulary(small, vocab):
     Case(normal(3, vocab), (GREEDY, PLAIN, USUAL)).check()
 
@@ -219,6 +219,7 @@ def test_a_mask_is_read_only_where_it_is_asked_for(small):
 
 
 @needs_interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_that_are_not_finite_are_told_and_disturb_nobody(small, masked):
     logits = normal(9, 100)
@@ -301,6 +302,8 @@ def ptx():
 def test_kernels_compile_and_round_as_torch_does(ptx, kernel):
     code = ptx[kernel]
     assert code.count("griddepcontrol.wait") == code.count("griddepcontrol.launch_dependents") == 1
+    touched = re.search(r"\b(ld|st|atom|red)\.global", code)
+    assert code.index("griddepcontrol.wait") < touched.start()
     assert not re.search(r"\b(mul|add|sub)\.f32", code), "may be fused to a product and sum"
     assert not re.search(r"\bfma\.rn\.ftz|\bdiv\.(full|approx)", code)
     divided = kernel in ("_weigh", "_narrow", "_draw")
