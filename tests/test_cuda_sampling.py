@@ -177,9 +177,10 @@ def test_noise_depends_on_seed_and_on_both_words_of_the_index(small):
 
 @needs_interpreter
 def test_a_temperature_below_the_normal_numbers_is_the_smallest_of_them(small):
-    logits = torch.tensor([[0.0, 1e-38, 1e-38, -1.0]]).repeat(3, 1)
-    case = Case(logits, [(1e-40, 1.0), (1e-40, 0.9), (1e-37, 1.0)])
+    logits = torch.tensor([[0.0, 1e-38, 1e-38, -1.0]]).repeat(12, 1)
+    case = Case(logits, [(1e-40, 1.0)] * 12)
     assert (case.temperature > 0).all()
+    assert 0 in case.plain()[0]  # 1e-38 is a hundred such temperatures, but less than 2**-126
     case.check()
 
 
@@ -229,7 +230,7 @@ def test_rows_that_are_not_finite_are_told_and_disturb_nobody(small, masked):
     logits[3] = INF
     logits[4] = -INF
     logits[5, 3], logits[5, 90] = INF, math.nan
-    logits[6, 50] = -math.nan
+    logits[6] = torch.tensor([-(2**22)], dtype=torch.int32).view(torch.float32)  # NaN with a sign
     allowed = torch.ones(9, 100, dtype=torch.bool) if masked else None
     if masked:
         allowed[0, 77] = allowed[8, :] = False  # what the mask hides counts; a row without any

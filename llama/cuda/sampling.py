@@ -58,9 +58,9 @@ LEAST_KEY = tl.constexpr(-(2**63))
 
 @triton.jit
 def _load(logits, mask, row, ids, stride, VOCAB: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Logits as the model has them, and as they may be chosen from: NaN and masked are -inf."""
+    """Logits as the model has them, and as they may be chosen from: masked ones are -inf."""
     raw = tl.load(logits + row.to(tl.int64) * stride + ids, mask=ids < VOCAB, other=-float("inf"))
-    open_to = tl.where(raw == raw, raw, -float("inf"))
+    open_to = raw
     if MASKED:
         words = mask + row.to(tl.int64) * ((VOCAB + 31) // 32) + ids // 32
         bit = tl.load(words, mask=ids < VOCAB, other=0) >> (ids % 32) & 1
@@ -311,7 +311,7 @@ def _pick(  # type: ignore[no-untyped-def]
     logit = tl.load(logits + row.to(tl.int64) * stride + chosen)
     tl.store(ids + row, chosen)
     tl.store(logprob + row, logit - highest - tl.log(total))
-    tl.store(finite + row, ((total > 0) & (total < float("inf"))).to(tl.int32))
+    tl.store(finite + row, (total > 0).to(tl.int32))  # a NaN is not
 
 
 class Sampler:
