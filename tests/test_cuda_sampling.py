@@ -165,6 +165,32 @@ def test_the_threshold_is_exact_to_its_last_digit(small):
 
 
 @needs_interpreter
+def test_the_search_of_the_threshold_counts_every_weight_once(small):
+    """The digits found and what was left of the goal, against sums over the plain odds."""
+    tail = torch.full((1, 300), math.log(0.09 / 300))  # each is too light to be told apart
+    tail[0, 100:110] = math.log(0.02) + torch.arange(10) * 1e-3
+    tail[0, 200] = 0.0
+    logits = torch.cat([normal(4, 300), normal(1, 300, spread=0.05), tail])
+    pairs = [(1, 0.9), (2, 0.98), (4, 0.6), (3, 0.3), (1, 0.5), (1, 0.9)]
+    case = Case(logits, pairs)
+    made = case.sampler()
+    case.call(made)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / case.rows.temperature
+    odds, kept = scaled.exp(), survivors(scaled, case.rows)
+    weights = (odds.double() * 2**40).floor()
+    goal = weights.sum(-1) * case.rows.top_p[:, 0] / 2**24
+    least = torch.where(kept, odds, 2.0).amin(-1, keepdim=True)
+    for at, shift in ((1, 19), (2, 9)):
+        digits = (odds.view(torch.int32) - (87 << 23)) >> shift
+        edge = (least.view(torch.int32) - (87 << 23)) >> shift
+        left = goal - torch.where(digits > edge, weights, 0.0).sum(-1)
+        assert (left > 0).all()
+        assert torch.allclose(made._found[:-1, at].double() / goal, left / goal, rtol=0, atol=1e-6)
+        if shift == 19:
+            assert made._found[:-1, 0].tolist() == edge[:, 0].tolist()
+
+
+@needs_interpreter
 def test_noise_depends_on_seed_and_on_both_words_of_the_index(small):
     flat = torch.zeros(2, 256)
     drawn = []
