@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # kernels run in Triton's interpreter; before triton is imported
+if not torch.cuda.is_available():  # kernels then run in Triton's interpreter, on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from safetensors.torch import save_file
