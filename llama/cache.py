@@ -50,6 +50,7 @@ class Batch:
         self.starts = [0, *accumulate(self.counts)]
         both = list(zip(self.counts, self.lengths, strict=True))
         assert all(0 < count <= length for count, length in both), both
+        self.slots = None if slots is None else list(slots)
         self.ones = 0
         if slots is None:
             assert self.counts == self.lengths, (
