@@ -34,22 +34,29 @@ class Tiling(NamedTuple):
     stages: int
 
 
-# By head size, for 16-bit numbers and up to 227 KB of shared memory (compute capability 9.0, 10.0).
+# By head size. LARGE: 16-bit numbers and up to 227 KB of shared memory (compute capability 9.0 and
+# 10.0). EXACT: float32, on plain multiply-add units. SMALL: all the rest, in 99 KB.
 LARGE = {
-    16: Tiling(128, 128, 4, 3),
-    32: Tiling(128, 128, 4, 3),
-    64: Tiling(128, 128, 8, 3),
+    16: Tiling(128, 64, 8, 3),
+    32: Tiling(128, 64, 8, 3),
+    64: Tiling(128, 64, 8, 3),
     128: Tiling(128, 128, 8, 2),
-    256: Tiling(128, 64, 8, 2),
+    256: Tiling(128, 32, 8, 2),
 }
-SMALL = Tiling(64, 32, 4, 2)  # elsewhere: 99 KB of shared memory
-EXACT = Tiling(32, 32, 4, 1)  # float32, on plain multiply-add units
+EXACT = {
+    16: Tiling(32, 32, 4, 1),
+    32: Tiling(32, 32, 4, 1),
+    64: Tiling(32, 32, 4, 1),
+    128: Tiling(32, 32, 8, 1),
+    256: Tiling(32, 32, 16, 1),
+}
+SMALL = Tiling(64, 32, 4, 2)
 
 
 def tiling(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiling:
     """How attention over heads of this size is cut."""
     if dtype == torch.float32:
-        return EXACT
+        return EXACT[head_dim]
     large = not INTERPRETED and torch.cuda.get_device_capability(device)[0] in (9, 10)
     return LARGE[head_dim] if large else SMALL
 
