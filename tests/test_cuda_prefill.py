@@ -156,7 +156,7 @@ def test_attention_of_ragged_runs(name, heads, kv_heads, size):
 
 @pytest.mark.parametrize("cut", [Tiling(16, 16, 4, 1), Tiling(16, 64, 4, 1), Tiling(64, 16, 4, 1)])
 def test_attention_does_not_depend_on_how_it_is_cut(cut):
-    batch = Batch([21, 30], [37, 30], [1, 0], DEVICE)
+    batch = Batch([21, 30], [33, 30], [1, 0], DEVICE)  # a tile ends just after a block of keys
     k, v = poisoned(batch, 2, 40, 2, 16, torch.float32)
     q = normal(51, 6, 16)
     tiles = tile_table(batch, 3, cut.rows)
@@ -426,7 +426,7 @@ def test_attention_on_a_gpu_is_as_exact_as_torch(dtype, size, counts, lengths, s
                 mine = out[start : start + count, head].double()
                 error = (mine - truth[0]).square().mean().sqrt()
                 theirs = (torchs[0].double() - truth[0]).square().mean().sqrt()
-                assert error <= 1.5 * theirs + 1e-9, (count, head, error, theirs)
+                assert error <= 1.5 * theirs + 1e-7, (count, head, error, theirs)
 
 
 @pytest.mark.gpu
@@ -456,7 +456,8 @@ def test_the_forward_of_a_real_shape_on_a_gpu(dtype):
 def test_the_time_and_memory_of_a_prefill():
     args = ModelArgs(**SHAPE)
     with torch.device(DEVICE):
-        model = Transformer(args).to(HALF).requires_grad_(False)
+        model = Transformer(args)
+    model = model.to(DEVICE, HALF).requires_grad_(False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     forward, cache = FlatForward(model), model.new_cache(1, 8192)
