@@ -35,13 +35,14 @@ class Tiling(NamedTuple):
 
 
 # By head size. LARGE: 16-bit numbers and up to 227 KB of shared memory (compute capability 9.0 and
-# 10.0). EXACT: float32, on plain multiply-add units. SMALL: all the rest, in 99 KB.
+# 10.0). EXACT: float32, on plain multiply-add units. SMALL: all the rest, in 99 KB. With two stages
+# the loads of a block would begin only when the block before is done.
 LARGE = {
     16: Tiling(128, 64, 8, 3),
     32: Tiling(128, 64, 8, 3),
     64: Tiling(128, 64, 8, 3),
-    128: Tiling(128, 128, 8, 2),
-    256: Tiling(128, 32, 8, 2),
+    128: Tiling(128, 128, 8, 3),
+    256: Tiling(128, 32, 8, 3),
 }
 EXACT = {
     16: Tiling(32, 32, 4, 1),
@@ -50,7 +51,13 @@ EXACT = {
     128: Tiling(32, 32, 8, 1),
     256: Tiling(32, 32, 16, 1),
 }
-SMALL = Tiling(64, 32, 4, 2)
+SMALL = {
+    16: Tiling(64, 32, 4, 3),
+    32: Tiling(64, 32, 4, 3),
+    64: Tiling(64, 32, 4, 3),
+    128: Tiling(64, 32, 4, 3),
+    256: Tiling(64, 16, 4, 3),
+}
 
 
 def tiling(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiling:
@@ -58,7 +65,7 @@ def tiling(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiling:
     if dtype == torch.float32:
         return EXACT[head_dim]
     large = not INTERPRETED and torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return LARGE[head_dim] if large else SMALL
+    return (LARGE if large else SMALL)[head_dim]
 
 
 def tile_table(batch: Batch, groups: int, rows: int) -> Tensor | None:
