@@ -11,6 +11,7 @@ R sequences that bring one token, S slots they span, L the longest of them.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ class Batch:
         self.starts = [0, *accumulate(self.counts)]
         both = list(zip(self.counts, self.lengths, strict=True))
         assert all(0 < count <= length for count, length in both), both
+        self.slots = None if slots is None else list(slots)
         self.ones = 0
         if slots is None:
             assert self.counts == self.lengths, (
@@ -57,7 +59,7 @@ class Batch:
             )
         else:
             self._place(list(slots), device)
-        self.runs = self._runs(None if slots is None else list(slots), device)
+        self._device = device
 
     def _place(self, slots: list[int], device: torch.device | str) -> None:
         """The slot of every row, and what attention over the one-token sequences needs."""
@@ -78,8 +80,11 @@ class Batch:
             lives = torch.tensor([live[slot] for slot in range(low, high)], device=device)
             self.mask = (keys < lives[:, None])[:, None, None]  # (high - low, 1, 1, L)
 
-    def _runs(self, slots: list[int] | None, device: torch.device | str) -> list[Run]:
-        runs = []
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The sequences of more than one token; made when asked, since their masks are as large as
+        the scores of one head, and kernels do without."""
+        slots, runs = self.slots, []
 
         def kind(i: int) -> tuple[int, int | None]:
             begins = self.counts[i] == self.lengths[i]
@@ -90,7 +95,9 @@ class Batch:
             rows = slice(self.starts[ids[0]], self.starts[ids[-1] + 1])
             mask = None
             if slot is not None:
-                mask = torch.ones(rows.stop - rows.start, length, dtype=torch.bool, device=device)
+                mask = torch.ones(
+                    rows.stop - rows.start, length, dtype=torch.bool, device=self._device
+                )
                 mask = mask.tril(length - len(mask))
             runs.append(Run(rows, len(ids), length, slot, mask))
         return runs

@@ -5,3 +5,29 @@ Each kernel has a plain counterpart, in model.py or sampling.py, that it must ag
 surprising thing: the kernels of a step are launched before their predecessors are done, so that
 their weights are under way while they wait; see `launch`.
 """
+
+import importlib.util
+
+import torch
+
+from llama.model import ModelArgs
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def supported(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels cannot run this model in `dtype` on `device`, as a part of a sentence; None
+    where they can. One rank is meant."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"{device} is no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the GPU's compute capability is {capability[0]}.{capability[1]}, below 8.0"
+    if dtype not in DTYPES:
+        return f"the weights are {dtype}, not bfloat16, float16 or float32"
+    size = args.head_dim
+    if not 16 <= size <= 256 or size & (size - 1):
+        return f"the head size is {size}, not 16, 32, 64, 128 or 256"
+    return None

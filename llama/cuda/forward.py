@@ -1,0 +1,164 @@
+"""The forward of many rows on one GPU: prompts, their chunks, and decodes beside them.
+
+What Transformer.hidden and .logits compute, with the weights that share an input joined into one
+product, norms, rotation, cache and gate as one kernel each, and all causal attention in one launch.
+It knows no requests. The surprising thing: residuals are added by the products themselves, which
+accumulate onto the states in place.
+
+Letters: N rows, D dim, H query heads and K key/value heads, E head size, F hidden size, M wanted
+logits, V vocabulary, R one-token sequences, P slots, T positions, X tiles.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llama.cache import Batch, KVCache
+from llama.cuda.prefill import attend_runs, tile_table, tiling
+from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
+from llama.model import Transformer, TransformerBlock, attend_decode
+
+# Attention of sequences that bring one token: q (R, H, E), k_layer and v_layer (P, T, K, E),
+# slots (R,) int64, lengths (R,) int64, and out (R, H, E), which it writes.
+AttendOnes = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], object]
+
+
+def joined(modules: Sequence[nn.Module]) -> Tensor:
+    """The weights of linear layers, one below the other: (sum of rows, in).
+
+    A view where they lie so in one storage already. Elsewhere they are copied into a new one, and
+    the layers' weights become views of that, so that nothing is held twice.
+    """
+    weights = [module.get_parameter("weight").detach() for module in modules]
+    sizes = [len(weight) for weight in weights]
+    first = weights[0]
+    starts = accumulate((weight.nbytes for weight in weights), initial=first.data_ptr())
+    if all(
+        weight.is_contiguous()
+        and weight.data_ptr() == start
+        and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for weight, start in zip(weights, starts, strict=False)
+    ):
+        return first.as_strided((sum(sizes), first.shape[1]), first.stride())
+    whole = torch.cat(weights)
+    for module, part in zip(modules, torch.split(whole, sizes), strict=True):
+        module.weight = nn.Parameter(part, requires_grad=False)
+    return whole
+
+
+class Block(NamedTuple):
+    """The weights of one layer."""
+
+    attention_norm: Tensor  # (D,)
+    wqkv: Tensor  # ((H + 2K) * E, D)
+    wo: Tensor  # (D, H * E)
+    ffn_norm: Tensor  # (D,)
+    w13: Tensor  # (2F, D)
+    w2: Tensor  # (D, F)
+
+    @classmethod
+    def of(cls, layer: TransformerBlock) -> "Block":
+        attention, feed_forward = layer.attention, layer.feed_forward
+        return cls(
+            layer.attention_norm.weight.detach(),
+            joined([attention.wq, attention.wk, attention.wv]),
+            joined([attention.wo]),
+            layer.ffn_norm.weight.detach(),
+            joined([feed_forward.w1, feed_forward.w3]),
+            joined([feed_forward.w2]),
+        )
+
+
+class Step(NamedTuple):
+    """What all layers of one forward share."""
+
+    batch: Batch
+    cache: KVCache
+    cos: Tensor  # (N, E/2) float32
+    sin: Tensor
+    places: Tensor  # (N,) in the cache
+    lengths: Tensor  # (R,) keys of the one-token sequences
+    tiles: Tensor | None  # (X, 5) of the others
+
+
+class FlatForward:
+    """`hidden` and `logits` of a Transformer of one rank, by kernels.
+
+    `attend_ones` is the attention of the sequences that bring one token; None means the plain one.
+    For inference only: no gradients, and states are overwritten.
+    """
+
+    def __init__(self, model: Transformer, attend_ones: AttendOnes | None = None) -> None:
+        assert model.ranks.size == 1, model.ranks
+        args = model.params
+        self.model = model
+        self.attend_ones = attend_ones
+        self.heads, self.kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
+        self.output = joined([model.output])
+        self.blocks = [Block.of(layer) for layer in model.layers]  # type: ignore[arg-type]
+        weight = model.norm.weight
+        self.cut = tiling(args.head_dim, weight.dtype, weight.device)
+
+    @torch.no_grad()
+    def hidden(self, tokens: Tensor, positions: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """The normed states (N, D) that `logits` reads; arguments as of Transformer.hidden."""
+        eps = self.model.params.norm_eps
+        angles = positions[:, None].float() * self.model.freqs  # (N, E/2)
+        turns = torch.polar(torch.ones_like(angles), angles)  # as in model.py, to the last bit
+        step = Step(
+            batch,
+            cache,
+            turns.real.contiguous(),
+            turns.imag.contiguous(),
+            cache.places(batch, positions),
+            positions[: batch.ones] + 1,
+            tile_table(batch, self.heads // self.kv_heads, self.cut.rows),
+        )
+        x = self.model.tok_embeddings(tokens)  # (N, D)
+        h = torch.empty_like(x)
+        for layer, block in enumerate(self.blocks):
+            rms_norm(x, block.attention_norm, eps, out=h)
+            self._attention(h, x, layer, block, step)
+            rms_norm(x, block.ffn_norm, eps, out=h)
+            self._feed_forward(h, x, block)
+        return rms_norm(x, self.model.norm.weight, eps, out=h)
+
+    @torch.no_grad()
+    def logits(self, h: Tensor) -> Tensor:
+        """Logits (M, V) in float32 of states (M, D)."""
+        out = self._product(h, self.output)
+        return out[..., : self.model.params.vocab_size].float()
+
+    def _attention(self, h: Tensor, x: Tensor, layer: int, block: Block, step: Step) -> None:
+        """x += attention of h (N, D)."""
+        qkv = self._product(h, block.wqkv)  # (N, (H + 2K) * E)
+        batch, ones = step.batch, step.batch.ones
+        k, v = step.cache.k[layer], step.cache.v[layer]
+        q = rotate_and_store(
+            qkv, step.cos, step.sin, step.places, k, v, self.heads, self.kv_heads
+        )  # (N, H, E)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if ones and self.attend_ones is None:
+            out[:ones] = attend_decode(q[:ones], step.cache, layer, batch)
+        elif ones and self.attend_ones is not None:
+            self.attend_ones(q[:ones], k, v, batch.slot_of_row[:ones], step.lengths, out[:ones])
+        if step.tiles is not None:
+            attend_runs(q, k, v, step.tiles, out, self.cut)
+        self._add_product(x, out.flatten(1), block.wo)
+
+    def _feed_forward(self, h: Tensor, x: Tensor, block: Block) -> None:
+        """x += feed-forward of h (N, D)."""
+        both = self._product(h, block.w13)  # (N, 2F)
+        gated = silu_multiply(both, out=both[:, : both.shape[1] // 2])
+        self._add_product(x, gated, block.w2)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (N, in), weight (out, in) -> (N, out)."""
+        return torch.mm(x, weight.t())
+
+    def _add_product(self, into: Tensor, x: Tensor, weight: Tensor) -> None:
+        """into (N, out) += the product of x (N, in) and weight (out, in), rounded once."""
+        into.addmm_(x, weight.t())

@@ -1,0 +1,196 @@
+"""Small kernels over the rows of a flat batch: norm, rotation with storing, and the gate.
+
+Each does in one pass over memory what model.py says in several steps, in float32 inside, rounded
+once. They know a row's layout and nothing of sequences. The surprising thing: three of the results
+may take the place of what they were made from (`out`), since a program reads all that it needs
+before it writes.
+
+Letters: N rows, D dim, H query heads and K key/value heads, E head size, F hidden size, P slots,
+T positions.
+"""
+
+# ruff: noqa: ANN001, ANN202 (arguments of kernels have no types in Python)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama.cuda.launch import allow, overlap, wait
+
+GATE_BLOCK = 2048  # columns of a row that one program gates
+
+
+@triton.jit
+def _rms_norm(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    out,
+    x_row,
+    out_row,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    allow(OVERLAP)
+    columns = tl.arange(0, BLOCK)
+    live = columns < D
+    scale = tl.load(weight + columns, mask=live, other=0).to(tl.float32)
+    wait(OVERLAP)
+    row = tl.program_id(0).to(tl.int64)
+    values = tl.load(x + row * x_row + columns, mask=live, other=0).to(tl.float32)
+    root = tl.rsqrt(tl.sum(values * values) / D + eps)
+    tl.store(
+        out + row * out_row + columns,
+        (values * root * scale).to(out.dtype.element_ty),
+        mask=live,
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight of each row: (N, D) -> (N, D) in x's dtype.
+
+    `out` may be x.
+    """
+    rows, dim = x.shape
+    out = torch.empty_like(x) if out is None else out
+    assert x.stride(1) == out.stride(1) == weight.stride(0) == 1, (x.stride(), out.stride())
+    block = triton.next_power_of_2(dim)
+    _rms_norm[(rows,)](
+        x, weight, out, x.stride(0), out.stride(0), eps,
+        D=dim, BLOCK=block, num_warps=_warps(block), **overlap(x.device),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _turned(  # type: ignore[no-untyped-def]
+    x,
+    cos,
+    sin,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    E: tl.constexpr,
+):
+    """The heads (BLOCK, E) at x, each pair (2i, 2i+1) turned by the angle of (1, E/2) i."""
+    heads = tl.arange(0, BLOCK)[:, None]
+    at = heads * E + tl.arange(0, E)[None, :]
+    values = tl.load(x + at, mask=heads < HEADS, other=0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, (BLOCK, E // 2, 2)))
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    return tl.reshape(turned, (BLOCK, E))
+
+
+@triton.jit
+def _rotate_and_store(  # type: ignore[no-untyped-def]
+    qkv,
+    cos,
+    sin,
+    places,
+    k_cache,
+    v_cache,
+    out,
+    qkv_row,
+    out_row,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    allow(OVERLAP)
+    wait(OVERLAP)
+    row = tl.program_id(0).to(tl.int64)
+    pairs = tl.arange(0, E // 2)[None, :]
+    c = tl.load(cos + row * (E // 2) + pairs)  # (1, E/2)
+    s = tl.load(sin + row * (E // 2) + pairs)
+    x = qkv + row * qkv_row
+    columns = tl.arange(0, E)[None, :]
+    heads = tl.arange(0, H_BLOCK)[:, None]
+    queries = _turned(x, c, s, H, H_BLOCK, E).to(out.dtype.element_ty)
+    tl.store(out + row * out_row + heads * E + columns, queries, mask=heads < H)
+    place = tl.load(places + row)
+    kv_heads = tl.arange(0, K_BLOCK)[:, None]
+    live = kv_heads < tl.where(place >= 0, K, 0)
+    at = kv_heads * E + columns
+    keys = _turned(x + H * E, c, s, K, K_BLOCK, E).to(k_cache.dtype.element_ty)
+    tl.store(k_cache + place * (K * E) + at, keys, mask=live)
+    values = tl.load(x + (H + K) * E + at, mask=live, other=0)
+    tl.store(v_cache + place * (K * E) + at, values, mask=live)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    places: Tensor,
+    k_layer: Tensor,
+    v_layer: Tensor,
+    heads: int,
+    kv_heads: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rotated queries (N, H, E) of the joined product `qkv` (N, (H + 2K) * E), whose keys, rotated,
+    and values are stored in the cache of one layer, `k_layer` and `v_layer` (..., K, E).
+
+    cos and sin (N, E/2) are float32; `places` (N,) int64 are those of KVCache.places, where -1
+    stores nothing. Without `out` the queries stay where they are, and a view of `qkv` comes back.
+    """
+    rows, head_dim = len(qkv), k_layer.shape[-1]
+    assert qkv.shape == (rows, (heads + 2 * kv_heads) * head_dim), qkv.shape
+    assert qkv.stride(1) == 1, qkv.stride()
+    for tensor in (cos, sin, places, k_layer, v_layer):
+        assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
+    if out is None:
+        out = qkv[:, : heads * head_dim].view(rows, heads, head_dim)
+    assert out.stride()[1:] == (head_dim, 1), out.stride()
+    block = triton.next_power_of_2(heads)
+    _rotate_and_store[(rows,)](
+        qkv, cos, sin, places, k_layer, v_layer, out, qkv.stride(0), out.stride(0),
+        H=heads, K=kv_heads, E=head_dim, H_BLOCK=block, K_BLOCK=triton.next_power_of_2(kv_heads),
+        num_warps=_warps(block * head_dim), **overlap(qkv.device),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _silu_multiply(  # type: ignore[no-untyped-def]
+    joined,
+    out,
+    joined_row,
+    out_row,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    allow(OVERLAP)
+    wait(OVERLAP)
+    blocks: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = columns < F
+    at = joined + row * joined_row + columns
+    gate = tl.load(at, mask=live, other=0).to(tl.float32)
+    up = tl.load(at + F, mask=live, other=0).to(tl.float32)
+    gated = gate * tl.sigmoid(gate) * up
+    tl.store(out + row * out_row + columns, gated.to(out.dtype.element_ty), mask=live)
+
+
+def silu_multiply(joined: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(a) * b of rows a | b: (N, 2F) -> (N, F). `out` may be the view `joined[:, :F]`."""
+    rows, hidden = len(joined), joined.shape[1] // 2
+    out = joined.new_empty(rows, hidden) if out is None else out
+    assert joined.stride(1) == out.stride(1) == 1, (joined.stride(), out.stride())
+    block = min(GATE_BLOCK, triton.next_power_of_2(hidden))
+    _silu_multiply[(rows * triton.cdiv(hidden, block),)](
+        joined, out, joined.stride(0), out.stride(0),
+        F=hidden, BLOCK=block, num_warps=_warps(block), **overlap(joined.device),
+    )  # fmt: skip
+    return out
+
+
+def _warps(block: int) -> int:
+    """Warps for a program of `block` numbers: about 32 of them a thread."""
+    return min(16, max(1, block // 1024))
