@@ -25,6 +25,7 @@ setup(
             "pytest-timeout>=2.3",
             "sentencepiece>=0.2",
             "transformers>=4.50",
+            "triton>=3.9; platform_system == 'Linux'",
         ],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },

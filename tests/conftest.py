@@ -2,9 +2,14 @@
 
 import base64
 import json
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
 from safetensors.torch import save_file
 
 from llama.checkpoint.hf import hf_name
