@@ -1,5 +1,6 @@
 """`python -m llama bench`: its formulas by hand, its loop by what runs, its table."""
 
+import importlib
 import json
 import sys
 from dataclasses import asdict, replace
@@ -22,9 +23,14 @@ LITTLE = Work(rows=(1, 3), contexts=(8, 20), lengths=(16,), steps=5, buffer=2**2
               product=(32, 64, 48))  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny_checkpoint():
     return random_checkpoint(tiny_args(context_length=64), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def report(tiny_checkpoint):
+    return measure("tiny", tiny_checkpoint, LITTLE, device=CPU)
 
 
 # ---- the formulas
@@ -117,8 +123,7 @@ def test_decode_times_so_many_steps_in_which_all_rows_have_as_many_keys(tiny_che
     assert keys == sum(timed) / len(timed)
 
 
-def test_a_run_has_all_keys_and_a_line_for_each(tiny_checkpoint):
-    report = measure("tiny", tiny_checkpoint, LITTLE, device=CPU)
+def test_a_run_has_all_keys_and_a_line_for_each(report, tiny_checkpoint):
     found = json.loads(json.dumps(asdict(report)))
     assert set(found) == {
         "model", "parameters", "device", "dtype", "bandwidth", "operations", "buffer", "product",
@@ -161,7 +166,8 @@ def test_memory_that_is_not_there_is_a_line(tiny_checkpoint, monkeypatch):
         raise torch.OutOfMemoryError("no more")
 
     monkeypatch.setattr(bench, "prefill_seconds", fails)
-    report = measure("tiny", tiny_checkpoint, LITTLE, device=CPU)
+    work = replace(LITTLE, rows=(1,), contexts=(8,))
+    report = measure("tiny", tiny_checkpoint, work, device=CPU)
     assert report.left_out == ["prefill, 16 tokens: ran out of memory"]
 
 
@@ -211,3 +217,44 @@ def test_the_command_prints_the_table_or_one_object(monkeypatch, capsys, json_fl
     else:
         assert said.startswith(f"model     {demo}, 3,934,464 parameters, bfloat16\n")
         assert "\n1 sequence, context 16  " in said
+
+
+# ---- side by side
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return importlib.import_module("compare")
+
+
+def test_a_system_that_does_not_end_is_stopped_and_keeps_what_it_had(compare):
+    endless = "import time; print('{\"a\": 1}', flush=True); time.sleep(99)"
+    assert compare.run(["-c", endless], [], 1) == ({"a": 1}, "did not finish in 1 s")
+    failed = compare.run(["-c", "import sys; sys.exit('no such thing')"], [], 20)
+    assert failed == ({}, "ended with status 1: no such thing")
+    assert compare.run(["-c", "print('x')"], [], 20) == ({}, "printed no result")
+
+
+def test_the_table_of_several_systems_has_ratios(compare, report):
+    found = asdict(report)
+    found["decode"] = [timing for timing in found["decode"] if timing["tokens"] == 8]
+    ours = compare.from_bench(found, 8)
+    named = {"decode 1 at 8, ms a step", "decode 3 at 8, ms a step", "prefill 16, ms"}
+    assert named <= set(ours) <= named | {"start to 16th token, s"}
+    theirs = {name: 2 * number for name, number in ours.items()} | {"compiling, s": 5.0}
+    head, *rows = compare.table({"llama": ours, "other": theirs})
+    assert head.split() == ["llama", "other"]
+    assert all(row.endswith("(2.00x)") for row in rows[:-1])
+    assert rows[-1].split() == ["compiling,", "s", "-", "5.00"]
+
+
+def test_our_own_part_runs_on_something_tiny(compare, monkeypatch, capsys):
+    ran = []
+    plain = compare.run
+    monkeypatch.setattr(compare, "run", lambda *given: ran.append(plain(*given)) or ran[-1])
+    args = '{"dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32}'
+    compare.main(args=args, vocab_size=300, device="cpu", dtype="float32", rows="1", context=4,
+                 lengths="8", steps=2, longest=12, new_tokens=3, limit=120)  # fmt: skip
+    assert [problem for _, problem in ran] == [None]
+    assert "8 ragged prompts, 3 new tokens each, s" in capsys.readouterr().out
