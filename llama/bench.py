@@ -183,7 +183,7 @@ def decode_seconds(
     requests = [engine.submit(prompt, replace(params, max_tokens=longest)) for prompt in prompts]
     for _ in range(WARM):
         engine.step()
-    assert all(request.pending == 1 for request in requests), [r.pending for r in requests]
+    assert all(r.reused == context - 1 for r in requests), [r.reused for r in requests]
     count = min(WINDOWS, steps)
     seconds = []
     last = time.perf_counter()

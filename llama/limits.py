@@ -112,8 +112,8 @@ def process_age() -> float | None:
 
 def release(device: torch.device) -> None:
     """Give back what the last engine held, so that the next one's memory is its own."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
