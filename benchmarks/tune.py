@@ -45,9 +45,7 @@ def candidates(rows: int, outputs: int, inputs: int) -> list[tuple]:
                  (4, 1024, 8)]  # fmt: skip
         return [
             tuning.OneRow(*tile, each, ahead, fetch)
-            for tile, each, ahead, fetch in itertools.product(
-                tiles, (1, 2, 3, 4), (2, 4), (0, 1)
-            )
+            for tile, each, ahead, fetch in itertools.product(tiles, (1, 2, 3, 4), (2, 4), (0, 1))
             if ahead * tile[1] <= inputs
         ]
     padded = max(16, tuning.power_of_two(rows))

@@ -8,11 +8,12 @@ also for one that this machine could never hold.
 import json as json_format
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from llama import bench as benching
 from llama import chat as talking
 from llama import cli
 from llama.checkpoint import (
@@ -308,6 +309,39 @@ def perplexity(
             print(f"{title:15}  {said}")
 
 
+def bench(
+    ckpt_dir: str | None = None,
+    shape: str | None = None,
+    rows: str | None = None,
+    contexts: str | None = None,
+    lengths: str | None = None,
+    steps: int | None = None,
+    json: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Measure how fast a model runs here, as a share of what this machine can do.
+
+    Args:
+        ckpt_dir: folder of weights, Meta's or Hugging Face's, or a .gguf file.
+        shape: 1B, 3B, 8B or 70B, in place of a folder: random weights, made on the device.
+        rows: sequences that decode at one time, such as 1,8,32.
+        contexts: tokens that each of them has before it decodes, such as 128,4096.
+        lengths: tokens of the prompts whose prefill is measured, such as 512,2048.
+        steps: steps of decode that are timed. What is not given suits the device.
+        json: print one JSON object in place of the table.
+        device: cuda, cuda:N, mps or cpu; by default the first of them there is.
+        dtype: float32, bfloat16 or float16; by default the checkpoint's own, for a shape bfloat16.
+    """
+    where = local_device(device)
+    work = benching.work_for(where, rows, contexts, lengths, steps)
+    name, checkpoint = benching.choose(ckpt_dir, shape, work, where, dtype)
+    report = benching.measure(
+        name, checkpoint, work, device=where, dtype=as_dtype(dtype), show_progress=True
+    )
+    print(json_format.dumps(asdict(report)) if json else "\n".join(benching.lines(report)))
+
+
 def reshard(src: str, dst: str, shards: int, dtype: str | None = None) -> None:
     """Write a model in another number of files, in Meta's format.
 
@@ -392,6 +426,7 @@ def verify(ckpt_dir: str = DEMO) -> None:
 
 
 COMMANDS: dict[str, cli.Command] = {
+    "bench": bench,
     "chat": chat,
     "complete": complete,
     "convert": convert,

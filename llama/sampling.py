@@ -164,6 +164,9 @@ class RowParams:
     any_top_p: bool
     any_min_p: bool
     penalised: bool
+    shift: Tensor | None = (
+        None  # (R, V) float32, added to the logits: biases as a captured step has
+    )
 
     @classmethod
     def from_params(
@@ -272,7 +275,7 @@ def shifted(logits: Tensor, rows: RowParams, counts: Tensor | None) -> Tensor:
     if rows.bias is not None:
         at_rows, at_ids, shifts = rows.bias
         logits = logits.index_put((at_rows, at_ids), shifts, accumulate=True)
-    return logits
+    return logits if rows.shift is None else logits + rows.shift
 
 
 def survivors(scaled: Tensor, rows: RowParams) -> Tensor | None:

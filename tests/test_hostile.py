@@ -757,6 +757,23 @@ OPTIONS = {
         ("1.5", r"^--stride is 1\.5; it must be a whole number or None$"),
         ("0", "stride.* 0[,;:]"),
     ),
+    "shape": (TEXT, ("9B", "^--shape is '9B'; it must be one of 1B, 3B, 8B, 70B$")),
+    "rows": (
+        ("many", "^--rows is 'many'; it must be whole numbers above 0, as in 1,8,32$"),
+        ("8,0", "^--rows is '8,0'; it must be whole numbers above 0, as in 1,8,32$"),
+    ),
+    "contexts": (
+        ("1.5", r"^--contexts is '1\.5'; it must be whole numbers above 0"),
+        ("-1", "^--contexts is '-1'; it must be whole numbers above 0"),
+    ),
+    "lengths": (
+        ("long", "^--lengths is 'long'; it must be whole numbers above 0"),
+        ("0", "^--lengths is '0'; it must be whole numbers above 0"),
+    ),
+    "steps": (
+        ("few", "^--steps is 'few'; it must be a whole number or None$"),
+        ("0", "^--steps is 0; it must be a whole number above 0$"),
+    ),
     "format": (TEXT, ("pdf", "^format 'pdf': use one of meta, hf, gguf$")),
     "type": (TEXT, ("q5_k", "^type='q5_k': only gguf has types$")),
     "adapter": (TEXT, ("nowhere", "^nowhere")),

@@ -36,10 +36,10 @@ FLOORS = (
     {"checkpoint"},
     {"quantization"},
     {"cuda"},
-    {"engine"},
+    {"engine", "limits"},
     {"generation"},
     {""},  # llama/__init__.py
-    {"chat", "perplexity"},
+    {"chat", "perplexity", "bench"},
     {"__main__", "server", "demo"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -116,7 +116,7 @@ def test_imports_stand_at_the_top_and_are_of_required_packages(module):
     for target, inside in imports(TREES[module]):
         top = target.split(".")[0]
         if top in sys.stdlib_module_names or top == "llama" or top in REQUIRED | WITH_THEM:
-            lazy_room = room_of(module) == "engine" and target.startswith("llama.cuda")
+            lazy_room = room_of(module) in ("engine", "limits") and target.startswith("llama.cuda")
             assert not inside or lazy_room, f"{module} imports {target} inside a function"
         elif not (top == "triton" and room_of(module) == "cuda"):
             assert inside, f"{module} imports {target}, which is not required, at its top"

@@ -23,7 +23,7 @@ def _share_out(lengths, rows, R_PAD: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK
     """The row of this program, its part of that row, the row's first program, how many parts the
     row has, the keys of a part and of the row. A program without work gets row `rows`."""
     i = tl.arange(0, R_PAD)
-    has = tl.load(lengths + i, mask=i < rows, other=0)
+    has = tl.load(lengths + i, mask=i < rows, other=0).to(tl.int32)
     fair = tl.cdiv(tl.sum(has, 0), PROGRAMS)
     keys = tl.maximum(tl.cdiv(fair, BLOCK), 1) * BLOCK
     parts = tl.cdiv(has, keys)
@@ -39,7 +39,7 @@ def _share_out(lengths, rows, R_PAD: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    q, k, v, slots, lengths, out, sums, tops, arrived, rows, T, scale,  # noqa: ANN001
+    q, q_row, k, v, slots, lengths, out, sums, tops, arrived, rows, T, scale,  # noqa: ANN001
     KV_HEADS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, G_PAD: tl.constexpr,
     R_PAD: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     AHEAD: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
@@ -60,7 +60,8 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     if row == rows:
         return
     heads = (row * KV_HEADS + head).to(tl.int64) * (G * E)
-    asked = tl.load(q + heads + g[:, None] * E + e[None, :], mask=(g < G)[:, None], other=0.0)
+    mine = q + row.to(tl.int64) * q_row + head * (G * E)
+    asked = tl.load(mine + g[:, None] * E + e[None, :], mask=(g < G)[:, None], other=0.0)
     top = tl.full((G_PAD,), float("-inf"), tl.float32)
     weight = tl.zeros((G_PAD,), tl.float32)
     mixed = tl.zeros((G_PAD, E), tl.float32)
@@ -79,10 +80,10 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
         top = higher
     if parts > 1:
         cell = g[:, None] * E + e[None, :]
-        mine = (begin + part) * KV_HEADS + head
-        tl.store(sums + mine.to(tl.int64) * (G * E) + cell, mixed, mask=(g < G)[:, None])
-        tl.store(tops + mine * (2 * G) + g, top, mask=g < G)
-        tl.store(tops + mine * (2 * G) + G + g, weight, mask=g < G)
+        own = (begin + part) * KV_HEADS + head
+        tl.store(sums + own.to(tl.int64) * (G * E) + cell, mixed, mask=(g < G)[:, None])
+        tl.store(tops + own * (2 * G) + g, top, mask=g < G)
+        tl.store(tops + own * (2 * G) + G + g, weight, mask=g < G)
         tl.debug_barrier()
         counter = arrived + row * KV_HEADS + head
         if tl.atomic_add(counter, 1, sem="acq_rel") < parts - 1:
@@ -124,14 +125,16 @@ class DecodeAttention:
         self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, out: Tensor
     ) -> Tensor:
         """q (R, H, E) over the first lengths[r] keys of slots[r] in k and v, a layer's (P, T, K,
-        E), into out (R, H, E), which is returned. slots and lengths (R,) are int32, and were not
+        E), into out (R, H, E), which is returned. slots and lengths (R,) are integers, and were not
         written by the kernel launched before this one; a row of length 0 reads nothing, and its
         output is left as it was."""
         rows, heads, size = q.shape
+        assert q.stride()[1:] == (size, 1), q.stride()
+        assert out.is_contiguous(), out.stride()
         longest, kv_heads = k.shape[1:3]
         programs, block, stages, warps, ahead = decode_attention_blocks(rows, kv_heads)
         _attend[(programs + rows, kv_heads)](
-            q, k, v, slots, lengths, out, self.sums, self.tops, self.arrived, rows, longest,
+            q, q.stride(0), k, v, slots, lengths, out, self.sums, self.tops, self.arrived, rows, longest,
             size**-0.5 * 1.4426950408889634,  # times log2(e): scores are exponents of 2
             KV_HEADS=kv_heads, G=heads // kv_heads, E=size,
             G_PAD=max(16, power_of_two(heads // kv_heads)), R_PAD=max(2, power_of_two(rows)),

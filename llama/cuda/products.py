@@ -279,9 +279,7 @@ class Products:
         assert norm is None, "the norm of several rows is made before"
         some = blocks or some_rows_blocks(rows, outputs, inputs)
         assert isinstance(some, SomeRows), some
-        tiles = triton.cdiv(outputs, some.block_n)
-        if some.split > 1:
-            self._reserve(tiles * some.split * some.block_n * some.padded, tiles)
+        tiles = self.reserve(outputs, some)
         _some_rows[(tiles, some.split)](
             x, weight, rows, outputs, out, self.partial, self.arrived, *where, longest,
             K=inputs, RP=some.padded, BLOCK_N=some.block_n, BLOCK_K=some.block_k, SPLIT=some.split,
@@ -289,9 +287,13 @@ class Products:
         )  # fmt: skip
         return out
 
-    def _reserve(self, numbers: int, tiles: int) -> None:
-        """Scratch for a split product; it grows in the run that comes before a capture."""
+    def reserve(self, outputs: int, blocks: SomeRows) -> int:
+        """Have scratch for such a product; the tiles that it has. A captured product keeps the
+        addresses it was given, so what is captured must be reserved before."""
+        tiles = triton.cdiv(outputs, blocks.block_n)
+        numbers = tiles * blocks.split * blocks.block_n * blocks.padded if blocks.split > 1 else 0
         if self.partial.numel() < numbers:
             self.partial = self.partial.new_empty(numbers)
         if self.arrived.numel() < tiles:
             self.arrived = self.arrived.new_zeros(tiles)
+        return tiles

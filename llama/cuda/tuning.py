@@ -6,6 +6,9 @@ Knows numbers only. `benchmarks/NOTES.md` says how they were measured.
 from typing import NamedTuple
 
 
+MOST_ROWS = 32  # of our products; from there on torch's are as fast
+
+
 class OneRow(NamedTuple):
     """Outputs and inputs of a tile, warps, programs on each multiprocessor, tiles that are loaded
     ahead, blocks that are fetched to the L2 cache before the input is there."""

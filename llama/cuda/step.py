@@ -1,0 +1,351 @@
+"""The decode step: one token for every row, from embedding to choice, without the host.
+
+Everything a step reads and writes stays at its place on the device: tokens, positions, slots,
+parameters, what ends a row. So a step is captured once as a CUDA graph for each of a few row
+counts, and then replayed; the host reads the tokens of one step while the next one runs. It knows
+rows, not requests. The surprising thing: a row that is done, or that only fills up a count, has
+slot -1: it stores no keys, reads none, and what it computes is looked at by nobody.
+
+Rows may share a slot: several tokens of one sequence at consecutive positions are as many rows.
+
+Letters: R rows, D dim, H query heads and K key/value heads, E head size, F hidden size, V
+vocabulary, S stop ids of a row.
+"""
+
+# ruff: noqa: ANN001, ANN202 (arguments of kernels have no types in Python)
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from llama.cache import KVCache
+from llama.cuda.attention import DecodeAttention
+from llama.cuda.forward import Block, FlatForward
+from llama.cuda.launch import INTERPRETED, allow, overlap, wait
+from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
+from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
+from llama.cuda.sampling import Sampler
+from llama.cuda.shifts import Shifts
+from llama.cuda.tuning import MOST_ROWS, power_of_two, some_rows_blocks
+from llama.model import Transformer
+from llama.sampling import TOP_P_BITS, WORD, SamplingParams
+
+STOPS = 32  # stop ids of a row that the device knows; the host knows them all
+EXACT = tl.constexpr(not INTERPRETED)  # the interpreter has no libdevice
+
+
+@triton.jit
+def _begin(  # type: ignore[no-untyped-def]
+    tokens, positions, slots, table, freqs, x, cos, sin, places, T,
+    D: tl.constexpr, HALF: tl.constexpr, D_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A row's embedding, the turns of its rotary pairs, and its place in the cache."""
+    allow(OVERLAP)
+    wait(OVERLAP)
+    row = tl.program_id(0)
+    d, i = tl.arange(0, D_PAD), tl.arange(0, HALF_PAD)
+    token = tl.load(tokens + row)
+    tl.store(x + row.to(tl.int64) * D + d, tl.load(table + token * D + d, mask=d < D), mask=d < D)
+    slot, position = tl.load(slots + row), tl.load(positions + row)
+    angle = position.to(tl.float32) * tl.load(freqs + i, mask=i < HALF, other=0.0)
+    c, s = (libdevice.cos(angle), libdevice.sin(angle)) if EXACT else (tl.cos(angle), tl.sin(angle))
+    tl.store(cos + row * HALF + i, c, mask=i < HALF)
+    tl.store(sin + row * HALF + i, s, mask=i < HALF)
+    tl.store(places + row, tl.where((slot >= 0) & (position < T), slot * T + position, -1))
+
+
+@triton.jit
+def _advance(  # type: ignore[no-untyped-def]
+    ids, finite, logprob, results, tokens, positions, slots, lengths, index, limits, stops, rows, T,
+    S: tl.constexpr, R_PAD: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """What the step brought, for the host; and where the next one is."""
+    allow(OVERLAP)
+    wait(OVERLAP)
+    r = tl.arange(0, R_PAD)
+    real = r < rows
+    chosen = tl.load(ids + r, mask=real, other=0)
+    slot = tl.load(slots + r, mask=real, other=-1)
+    position = tl.load(positions + r, mask=real, other=0)
+    count = tl.load(index + r, mask=real, other=0)
+    live = real & (slot >= 0)
+    tl.store(results + 3 * r, chosen.to(tl.int32), mask=real)
+    tl.store(results + 3 * r + 1, tl.load(finite + r, mask=real, other=0), mask=real)
+    likely = tl.load(logprob + r, mask=real, other=0.0)
+    tl.store(results + 3 * r + 2, likely.to(tl.int32, bitcast=True), mask=real)
+    ending = tl.load(
+        stops + r[:, None] * S + tl.arange(0, S)[None, :], mask=real[:, None], other=-1
+    )
+    stopped = tl.max((ending == chosen[:, None]).to(tl.int32), 1) > 0
+    ended = stopped | (count + 1 >= tl.load(limits + r, mask=real, other=0)) | (position + 1 >= T)
+    tl.store(tokens + r, chosen, mask=live)
+    tl.store(positions + r, position + 1, mask=live)
+    tl.store(index + r, count + 1, mask=live)
+    tl.store(slots + r, tl.where(live & ~ended, slot, -1), mask=real)
+    tl.store(lengths + r, tl.where(live & ~ended, position + 2, 0), mask=real)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence that wants a token: its last token, where that one's key belongs, and the rest."""
+
+    token: int
+    position: int
+    slot: int
+    generated: Sequence[int]  # so far
+    limit: int  # how many it may generate in all
+    seed: int
+    params: SamplingParams
+    stops: Collection[int]
+
+    @property
+    def lean(self) -> bool:
+        """Whether temperature and top_p say all about it."""
+        p = self.params
+        shifts = p.presence_penalty or p.frequency_penalty or p.logit_bias
+        return not (shifts or p.logprobs or (p.temperature and (p.top_k or p.min_p)))
+
+
+class Outcome(NamedTuple):
+    """What a step brought a row."""
+
+    token: int
+    finite: bool
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Scratch:
+    """What layers hand on to each other, for up to `rows` rows."""
+
+    def __init__(self, forward: FlatForward, rows: int) -> None:
+        args, like = forward.model.params, forward.model.norm.weight
+        queries = args.n_heads * args.head_dim
+
+        def new(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=like.device)
+
+        self.x, self.normed = new(args.dim), new(args.dim)
+        self.qkv = new(queries + 2 * args.n_kv_heads * args.head_dim)
+        self.q, self.attended = (new(args.n_heads, args.head_dim) for _ in range(2))
+        self.both, self.gated = new(2 * args.hidden_dim), new(args.hidden_dim)
+        self.cos, self.sin = (new(args.head_dim // 2, dtype=torch.float32) for _ in range(2))
+        self.places = new(dtype=torch.int64)
+        self.logits = new(args.vocab_size, dtype=torch.float32)
+
+
+class CapturedStep:
+    """Steps for up to `max_rows` rows over the slots of `cache`.
+
+    `load` says which rows there are, `launch` runs one step of them, `read` waits for the oldest
+    step in flight. Rows whose end the device sees (a stop id, the limit) take no part in later
+    steps; of one that ends otherwise `load` must be told.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, max_rows: int) -> None:
+        args, device = model.params, model.norm.weight.device
+        self.cache, self.device, self.max_rows = cache, device, max_rows
+        heads, kv_heads = args.n_heads, args.n_kv_heads
+        self.attend = DecodeAttention(max_rows, heads, kv_heads, args.head_dim, device)
+        self.forward = FlatForward(model, self.attend)
+        self.products = Products(device)
+        self._reserve()
+        self.scratch = Scratch(self.forward, max_rows)
+        self.sampler = Sampler(max_rows, args.vocab_size, device)
+        self.shifts = Shifts(max_rows, args.vocab_size, device)
+        self.state = torch.zeros(10 + STOPS, max_rows, dtype=torch.int64, device=device)
+        (self.tokens, self.positions, self.slots, self.lengths, self.index, self.limits) = (
+            self.state[:6]
+        )
+        self.stops = torch.full((max_rows, STOPS), -1, dtype=torch.int64, device=device)
+        self.results = torch.zeros(max_rows, 3, dtype=torch.int32, device=device)
+        self.overlap = overlap(device)
+        self.graphs: dict[tuple[int, int | None], torch.cuda.CUDAGraph] = {}
+        self.rows, self.top = 0, None  # type: int, int | None
+        self.flight: deque[tuple[list[Tensor], torch.cuda.Event | None]] = deque()
+
+    # ---- the face
+
+    def load(self, rows: Sequence[Row]) -> None:
+        """Make `rows` those of the following steps. Nothing may be in flight."""
+        assert not self.flight, len(self.flight)
+        assert 0 < len(rows) <= self.max_rows, (len(rows), self.max_rows)
+        self.rows = min(self.max_rows, power_of_two(len(rows)))
+        columns = [
+            [r.token, r.position, r.slot, r.position + 1, len(r.generated), r.limit, r.seed & WORD,
+             r.seed >> 32 & WORD, max(1, round(r.params.top_p * 2**TOP_P_BITS)), 0,
+             *[*r.stops, *[-1] * STOPS][:STOPS]]
+            for r in rows
+        ]  # fmt: skip
+        idle = [0, 0, -1, 0, 0, 0, 0, 0, 2**TOP_P_BITS, 0, *[-1] * STOPS]
+        columns += [idle] * (self.rows - len(rows))
+        self._send(self.state[:, : self.rows], torch.tensor(columns).T.contiguous())
+        self.stops[: self.rows] = self.state[10:, : self.rows].T
+        self.sampler.seed[: self.rows] = self.state[6:8, : self.rows].T
+        self.sampler.top_p[: self.rows] = self.state[8, : self.rows]
+        heat = [r.params.temperature for r in rows] + [0.0] * (self.rows - len(rows))
+        self._send(self.sampler.temperature[: self.rows], torch.tensor(heat))
+        self.top = None
+        if not all(row.lean for row in rows):
+            wanted = max(row.params.logprobs or 0 for row in rows)
+            self.top = power_of_two(wanted) if wanted else 0
+            self.top = min(self.top, self.forward.model.params.vocab_size)
+            if self.shifts.reserve(self.top):  # graphs know the place of the one before
+                self.graphs = {key: graph for key, graph in self.graphs.items() if key[1] is None}
+            self.shifts.load([(r.params, r.seed, r.generated) for r in rows], self.rows)
+
+    def launch(self) -> None:
+        """Run one step; it is in flight until it is read."""
+        key = self.rows, self.top
+        if self.device.type != "cuda":
+            self._step(*key)
+        else:
+            if key not in self.graphs:
+                self._capture(*key)
+            self.graphs[key].replay()
+        found = [self.results[: self.rows]]
+        if self.top:
+            found += [t[: self.rows, : self.top] for t in (self.shifts.top_ids, self.shifts.tops)]
+        done = None
+        if self.device.type == "cuda":
+            found = [
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for t in found
+            ]
+            done = torch.cuda.Event()
+            done.record()
+        else:
+            found = [t.clone() for t in found]
+        self.flight.append((found, done))
+
+    def read(self) -> list[Outcome]:
+        """What the oldest step in flight brought, a row each; waits for that step alone."""
+        found, done = self.flight[0]
+        if done is not None:
+            done.synchronize()
+        self.flight.popleft()
+        ids, finite, bits = found[0].T
+        logprobs = bits.contiguous().view(torch.float32).tolist()
+        tops: list[list[tuple[int, float]]] = [[] for _ in logprobs]
+        if len(found) > 1:
+            both = zip(found[1].tolist(), found[2].tolist(), strict=True)
+            tops = [list(zip(names, values, strict=True)) for names, values in both]
+        return [
+            Outcome(token, bool(fine), logprob, top)
+            for token, fine, logprob, top in zip(
+                ids.tolist(), finite.tolist(), logprobs, tops, strict=True
+            )
+        ]
+
+    def drop(self) -> None:
+        """Forget what is in flight: its rows are as they were before it, and must be loaded."""
+        self.flight.clear()
+        self.rows = 0
+
+    # ---- one step
+
+    def _reserve(self) -> None:
+        """Scratch for the products of every row count, before any is captured."""
+        block = self.forward.blocks[0]
+        rows = 2
+        while rows <= min(MOST_ROWS, self.max_rows * 2 - 1):
+            for weight in (block.wqkv, block.wo, block.w13, block.w2, self.forward.output):
+                self.products.reserve(len(weight), some_rows_blocks(rows, *weight.shape))
+            rows *= 2
+
+    def _send(self, target: Tensor, source: Tensor) -> None:
+        if self.device.type == "cuda":
+            source = source.pin_memory()
+        target.copy_(source, non_blocking=True)
+
+    def _capture(self, rows: int, top: int | None) -> None:
+        """Record the graph of a step. What it needs is compiled and allocated by a run before it,
+        in which no row has a slot."""
+        kept = self.state.clone()
+        self.slots[:rows] = -1
+        self.lengths[:rows] = 0
+        self._step(rows, top)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            self._step(rows, top)
+        self.state.copy_(kept)
+        self.graphs[rows, top] = graph
+
+    @torch.no_grad()
+    def _step(self, rows: int, top: int | None) -> None:
+        """Embedding, layers, choice, and what the next step starts from."""
+        s, n, model = self.scratch, rows, self.forward.model
+        size = model.params.head_dim // 2
+        table = model.tok_embeddings.weight
+        _begin[(n,)](
+            self.tokens, self.positions, self.slots, table, model.freqs, s.x, s.cos, s.sin,
+            s.places, self.cache.max_seq_len, D=table.shape[1], HALF=size,
+            D_PAD=power_of_two(table.shape[1]), HALF_PAD=power_of_two(size), **self.overlap,
+        )  # fmt: skip
+        for layer, block in enumerate(self.forward.blocks):
+            if n <= MOST_ROWS:
+                self._few(n, layer, block)
+            else:
+                self._many(n, layer, block)
+        logits = self._logits(n)
+        if top is None:
+            self.sampler(logits, self.index[:n], rows=n)
+        else:
+            self.shifts(logits, self.index[:n], self.slots[:n], self.sampler, top)
+        _advance[(1,)](
+            self.sampler.ids, self.sampler.finite, self.sampler.logprob, self.results, self.tokens,
+            self.positions, self.slots, self.lengths, self.index, self.limits, self.stops, n,
+            self.cache.max_seq_len, S=STOPS, R_PAD=power_of_two(n), **self.overlap,
+        )  # fmt: skip
+
+    def _norm(self, n: int, weight: Tensor) -> tuple[Tensor, tuple[Tensor, float] | None]:
+        """The states, normed, or with what the product of a single row norms them by."""
+        eps = self.forward.model.params.norm_eps
+        if n == 1:
+            return self.scratch.x[:1], (weight, eps)
+        return rms_norm(self.scratch.x[:n], weight, eps, out=self.scratch.normed[:n]), None
+
+    def _few(self, n: int, layer: int, block: Block) -> None:
+        s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
+        where = Rotation(s.cos, s.sin, self.slots, self.positions, k, v)
+        h, norm = self._norm(n, block.attention_norm)
+        self.products(h, block.wqkv, s.q[:n], ROTATE, norm=norm, rotation=where)
+        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n])
+        self.products(s.attended[:n].flatten(1), block.wo, s.x[:n], ADD)
+        h, norm = self._norm(n, block.ffn_norm)
+        self.products(h, block.w13, s.gated[:n], GATE, norm=norm)
+        self.products(s.gated[:n], block.w2, s.x[:n], ADD)
+
+    def _many(self, n: int, layer: int, block: Block) -> None:
+        s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
+        heads, kv_heads = self.forward.heads, self.forward.kv_heads
+        h, _ = self._norm(n, block.attention_norm)
+        torch.mm(h, block.wqkv.t(), out=s.qkv[:n])
+        rotate_and_store(
+            s.qkv[:n], s.cos, s.sin, s.places, k, v, heads, kv_heads, out=s.q[:n]
+        )  # (n, H, E)
+        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n])
+        s.x[:n].addmm_(s.attended[:n].flatten(1), block.wo.t())
+        h, _ = self._norm(n, block.ffn_norm)
+        torch.mm(h, block.w13.t(), out=s.both[:n])
+        silu_multiply(s.both[:n], out=s.gated[:n])
+        s.x[:n].addmm_(s.gated[:n], block.w2.t())
+
+    def _logits(self, n: int) -> Tensor:
+        """Logits (n, V) float32 of the states."""
+        weight = self.forward.model.norm.weight
+        h, norm = self._norm(n, weight)
+        logits = self.scratch.logits[:n]
+        if n <= MOST_ROWS:
+            return self.products(h, self.forward.output, logits, STORE, norm=norm)
+        return logits.copy_(torch.mm(h, self.forward.output.t()))
