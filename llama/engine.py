@@ -8,6 +8,7 @@ long prompt never stalls those who are already answering.
 Letters: N tokens of a step, R requests that get a token in it, M scored prompt rows, V vocabulary.
 """
 
+import logging
 import random
 import zlib
 from array import array
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +24,12 @@ from torch import Tensor
 from llama.cache import Batch
 from llama.model import Transformer
 from llama.sampling import RowParams, SamplingParams, finite_rows, logprobs_of, sample
+
+if TYPE_CHECKING:
+    from llama.cuda.forward import FlatForward
+    from llama.cuda.step import CapturedStep
+
+logger = logging.getLogger(__name__)
 
 LOGIT_ROWS = 256  # scored prompt rows whose logits exist at one time: 131 MB at V = 128256
 
@@ -87,7 +95,8 @@ class Engine:
     that begins like what a free slot still holds takes that over and only runs the rest: for
     conversations. It is off by default, because the same prompt may then differ in the last bit
     from one call to the next. With several ranks, every rank makes the same calls in the same
-    order.
+    order. On an NVIDIA GPU `kernels` lets llama.cuda run the model: a step of decodes alone is then
+    captured, and its events come while the next step runs already.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class Engine:
         seed: int = 1,
         chunk: int = 2048,
         reuse: bool = False,
+        kernels: bool = True,
     ) -> None:
         self.model = model
         self.device = model.norm.weight.device
@@ -115,6 +125,28 @@ class Engine:
         self._running: list[Request] = []
         self._checksum = 0
         self._rows: tuple[list[Request], RowParams] | None = None
+        self.forward: Transformer | FlatForward = model
+        self.captured: CapturedStep | None = None
+        self._loaded: list[Request] = []  # the rows of the captured step
+        self._stale = False  # whether one of them ended without the device knowing
+        if kernels and self.device.type == "cuda":
+            self._use_kernels()
+
+    def _use_kernels(self) -> None:
+        """Have llama.cuda run the model, where it can; the model itself does where it cannot."""
+        if self.model.ranks.size > 1:
+            logger.info("kernels are for one GPU; %d ranks run without", self.model.ranks.size)
+            return
+        from llama import cuda
+
+        reason = cuda.supported(self.model.params, self.cache.k.dtype, self.device)
+        if reason is not None:
+            logger.warning("running without kernels: %s", reason)
+            return
+        from llama.cuda.step import CapturedStep
+
+        self.captured = CapturedStep(self.model, self.cache, self.cache.n_slots)
+        self.forward = self.captured.forward
 
     # ---- the face
 
@@ -151,6 +183,7 @@ class Engine:
         """End a request now, whatever state it is in; its slot is free for the next step."""
         if request.finish_reason is None:
             self._finish(request, reason)
+            self._stale = True
 
     @property
     def idle(self) -> bool:
@@ -165,9 +198,16 @@ class Engine:
         """
         self._agree()
         self._admit()
+        if self.captured is not None:
+            decoding = all(request.pending == 1 for request in self._running)
+            if not any(request.finish_reason is None for request in self._loaded):
+                self._forget_captured(self.captured)
+            if (self._running and decoding) or self.captured.flight:
+                return self._captured_step(self.captured, decoding)
         work = self._share()
         if not work:
             return []
+        self._loaded = []  # its rows go on without the device
         self.steps += 1
         with self.model.ranks.together():
             ready, logits = self._run(work)
@@ -179,6 +219,62 @@ class Engine:
         if self.idle:
             self._agree()
         return events
+
+    def _captured_step(self, captured: "CapturedStep", decoding: bool) -> list[Event]:
+        """Launch the next step, if all it needs is on the device, then emit the one before."""
+        try:
+            if not captured.flight:
+                self._load(captured)
+                captured.launch()
+            going = [r for r in self._loaded if r.finish_reason is None]
+            same = decoding and not self._stale and len(going) == len(self._running)
+            some_go_on = any(len(r.tokens) + 1 < r.limit for r in going)
+            if same and some_go_on and 2 * len(going) > len(self._loaded):
+                captured.launch()
+            outcomes = zip(self._loaded, captured.read(), strict=False)
+            live = [(r, outcome) for r, outcome in outcomes if r.finish_reason is None]
+            self.steps += 1
+            for request, outcome in live:
+                self._check(request, outcome.finite)
+        except BaseException:
+            self._forget_captured(captured)
+            raise
+        for request, _ in live:
+            request.cached += 1
+        choices = [Choice(found.token, found.logprob, found.top) for _, found in live]
+        events = self._emit([request for request, _ in live], choices)
+        if not captured.knows_stops:
+            self._stale = self._stale or any(r.finish_reason == "stop" for r, _ in live)
+        if self.idle:
+            self._forget_captured(captured)
+            self._agree()
+        return events
+
+    def _load(self, captured: "CapturedStep") -> None:
+        """Make the running requests the rows of the captured step."""
+        from llama.cuda.step import Row
+
+        self._loaded, self._stale = list(self._running), False
+        captured.load(
+            [
+                Row(
+                    token=request.following(1)[0],
+                    position=request.cached,
+                    slot=request.slot,
+                    generated=request.tokens,
+                    limit=request.limit,
+                    seed=request.seed,
+                    params=request.params,
+                    stops=self.stop_token_ids | set(request.params.stop_token_ids),
+                )
+                for request in self._loaded
+            ]
+        )
+
+    def _forget_captured(self, captured: "CapturedStep") -> None:
+        """What is in flight never happened; the next captured step starts from the requests."""
+        captured.drop()
+        self._loaded = []
 
     # ---- the four verbs
 
@@ -236,10 +332,10 @@ class Engine:
             [request.slot for request, _ in work],
             self.device,
         )
-        hidden = self.model.hidden(tokens, where, batch, self.cache)
+        hidden = self.forward.hidden(tokens, where, batch, self.cache)
         for request, row, count in scored:
             self._score(request, hidden[row : row + count])
-        return ready, self.model.logits(hidden[at]) if ready else hidden
+        return ready, self.forward.logits(hidden[at]) if ready else hidden
 
     def _score(self, request: Request, hidden: Tensor) -> None:
         """Add the logprobs of the prompt tokens that follow the rows of `hidden`, slice by
@@ -252,7 +348,7 @@ class Engine:
             targets = request.prompt[len(done) : len(done) + len(part)]
             if targets:
                 wanted = torch.tensor(targets, device=self.device)
-                logits = self.model.logits(part)[: len(targets)]
+                logits = self.forward.logits(part)[: len(targets)]
                 done += logprobs_of(logits, wanted, 0)[0].tolist()
 
     def _sample(self, ready: list[Request], logits: Tensor) -> list[Choice]:
@@ -271,14 +367,7 @@ class Engine:
             [chosen[:, None], finite_rows(logits)[:, None], logprob[:, None], top_ids, top], dim=1
         ).tolist()
         for request, values in zip(ready, packed, strict=True):
-            if not values[1]:
-                self.cache.forget(request.slot)
-                self._finish(request, "error")
-                raise FloatingPointError(
-                    f"the logits of slot {request.slot} at step {self.steps} (token "
-                    f"{len(request.tokens)} of its answer) are not finite, with weights in "
-                    f"{self.cache.k.dtype}: check the checkpoint, or build with dtype='float32'"
-                )
+            self._check(request, bool(values[1]))
         return [
             Choice(
                 int(v[0]),
@@ -287,6 +376,17 @@ class Engine:
             )
             for v in packed
         ]
+
+    def _check(self, request: Request, finite: bool) -> None:
+        """End a request whose logits are not finite, and raise."""
+        if not finite:
+            self.cache.forget(request.slot)
+            self._finish(request, "error")
+            raise FloatingPointError(
+                f"the logits of slot {request.slot} at step {self.steps} (token "
+                f"{len(request.tokens)} of its answer) are not finite, with weights in "
+                f"{self.cache.k.dtype}: check the checkpoint, or build with dtype='float32'"
+            )
 
     def _counts(self, ready: list[Request], logits: Tensor) -> Tensor:
         """How often each request generated each token (R, V)."""

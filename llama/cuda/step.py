@@ -35,7 +35,7 @@ from llama.cuda.sampling import Sampler
 from llama.cuda.shifts import Shifts
 from llama.cuda.tuning import MOST_ROWS, power_of_two, some_rows_blocks
 from llama.model import Transformer
-from llama.sampling import TOP_P_BITS, WORD, SamplingParams
+from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WORD, SamplingParams
 
 STOPS = 32  # stop ids of a row that the device knows; the host knows them all
 EXACT = tl.constexpr(not INTERPRETED)  # the interpreter has no libdevice
@@ -169,7 +169,9 @@ class CapturedStep:
         self.results = torch.zeros(max_rows, 3, dtype=torch.int32, device=device)
         self.overlap = overlap(device)
         self.graphs: dict[tuple[int, int | None], torch.cuda.CUDAGraph] = {}
-        self.rows, self.top = 0, None  # type: int, int | None
+        self.rows = 0
+        self.top: int | None = None  # alternatives of a full step; None: a lean one
+        self.knows_stops = True  # whether the device sees every stop id of the rows
         self.flight: deque[tuple[list[Tensor], torch.cuda.Event | None]] = deque()
 
     # ---- the face
@@ -179,6 +181,7 @@ class CapturedStep:
         assert not self.flight, len(self.flight)
         assert 0 < len(rows) <= self.max_rows, (len(rows), self.max_rows)
         self.rows = min(self.max_rows, power_of_two(len(rows)))
+        self.knows_stops = all(len(row.stops) <= STOPS for row in rows)
         columns = [
             [r.token, r.position, r.slot, r.position + 1, len(r.generated), r.limit, r.seed & WORD,
              r.seed >> 32 & WORD, max(1, round(r.params.top_p * 2**TOP_P_BITS)), 0,
@@ -191,7 +194,8 @@ class CapturedStep:
         self.stops[: self.rows] = self.state[10:, : self.rows].T
         self.sampler.seed[: self.rows] = self.state[6:8, : self.rows].T
         self.sampler.top_p[: self.rows] = self.state[8, : self.rows]
-        heat = [r.params.temperature for r in rows] + [0.0] * (self.rows - len(rows))
+        heat = [r.params.temperature and max(r.params.temperature, SMALLEST_NORMAL) for r in rows]
+        heat += [0.0] * (self.rows - len(rows))
         self._send(self.sampler.temperature[: self.rows], torch.tensor(heat))
         self.top = None
         if not all(row.lean for row in rows):

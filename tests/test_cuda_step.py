@@ -1,0 +1,212 @@
+"""The captured step against the plain engine: in Triton's interpreter, where nothing is captured
+but the same step runs, and on a GPU where there is one."""
+
+import pytest
+import torch
+from conftest import tiny_args, unit_scale
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from llama.cache import Batch  # noqa: E402
+from llama.cuda import attention, products  # noqa: E402
+from llama.cuda.step import CapturedStep, Row  # noqa: E402
+from llama.cuda.tuning import DecodeAttention as AttentionBlocks  # noqa: E402
+from llama.cuda.tuning import OneRow  # noqa: E402
+from llama.engine import Engine  # noqa: E402
+from llama.model import Transformer  # noqa: E402
+from llama.sampling import SamplingParams  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs one program after the other, also those that have nothing to do."""
+    if DEVICE.type == "cpu":
+        blocks = AttentionBlocks(3, 16, 2, 4, 16)
+        monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: blocks)
+        monkeypatch.setattr(products, "one_row_blocks", lambda *_: OneRow(128, 32, 4, 1, 2))
+
+
+def small(seed=0, **changes):
+    """A model whose products are few in the interpreter."""
+    shape = dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=48)
+    return unit_scale(Transformer(tiny_args(**{**shape, **changes})), seed).to(DEVICE)
+
+
+def engine_of(model, kernels, slots=4, stop=(), longest=64):
+    engine = Engine(
+        model, max_batch_size=slots, max_seq_len=longest, stop_token_ids=stop, seed=5, kernels=False
+    )
+    if kernels:
+        engine.captured = CapturedStep(model, engine.cache, slots)
+        engine.forward = engine.captured.forward
+    return engine
+
+
+def answers(engine, prompts, params):
+    """Tokens, logprobs, alternatives and ends of each prompt."""
+    if isinstance(params, SamplingParams):
+        params = [params] * len(prompts)
+    requests = [engine.submit(p, q) for p, q in zip(prompts, params, strict=True)]
+    found = {r: [] for r in requests}
+    while not engine.idle:
+        for event in engine.step():
+            found[event.request].append(event)
+    return [
+        (
+            r.tokens,
+            [e.logprob for e in found[r] if e.token is not None],
+            [e.top_logprobs for e in found[r] if e.token is not None],
+            r.finish_reason,
+        )
+        for r in requests
+    ]
+
+
+def check(ours, expected):
+    for mine, plain in zip(ours, expected, strict=True):
+        assert mine[0] == plain[0]
+        assert mine[1] == pytest.approx(plain[1], abs=1e-5)
+        for left, right in zip(mine[2], plain[2], strict=True):
+            assert (left is None) == (right is None)
+            for (i, p), (j, q) in zip(left or [], right or [], strict=True):
+                assert i == j
+                assert p == pytest.approx(q, abs=1e-5)
+        assert mine[3] == plain[3]
+
+
+PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9], [20, 30], [40, 41, 42]]
+GREEDY = SamplingParams(temperature=0, max_tokens=9)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_kv_heads": 4}, {"head_dim": 32, "tied": True}, {"dim": 48, "hidden_dim": 80}]
+)
+def test_a_captured_row_is_the_plain_one(changes):
+    model = small(**changes)
+    plain = answers(engine_of(model, False), PROMPTS[:1], GREEDY)
+    check(answers(engine_of(model, True), PROMPTS[:1], GREEDY), plain)
+
+
+def test_more_prompts_than_slots_with_ends_of_every_kind():
+    model = small()
+    params = [
+        SamplingParams(temperature=0.8, seed=i, max_tokens=3 + 4 * (i % 3)) for i in range(5)
+    ]
+    plain = answers(engine_of(model, False, 3), PROMPTS, params)
+    stops = {plain[0][0][2], plain[2][0][5]}  # ids that end two of them early
+    plain = answers(engine_of(model, False, 3, stops), PROMPTS, params)
+    assert {p[3] for p in plain} == {"stop", "length"}
+    check(answers(engine_of(model, True, 3, stops), PROMPTS, params), plain)
+
+
+def test_a_sequence_that_fills_its_slot():
+    model = small()
+    params = SamplingParams(temperature=0)
+    plain = answers(engine_of(model, False, 2, longest=14), PROMPTS[:3], params)
+    check(answers(engine_of(model, True, 2, longest=14), PROMPTS[:3], params), plain)
+
+
+SHIFTED = [
+    SamplingParams(temperature=0.9, seed=1, presence_penalty=1.5, max_tokens=7),
+    SamplingParams(temperature=0, frequency_penalty=2.0, max_tokens=7, logprobs=3),
+    SamplingParams(temperature=1.2, seed=2, top_k=5, max_tokens=5, logit_bias={3: 4.0, 7: -9.0}),
+    SamplingParams(temperature=1.0, seed=3, min_p=0.2, max_tokens=6, logprobs=1),
+    SamplingParams(temperature=0.7, seed=4, top_p=0.8, max_tokens=6),
+]
+
+
+def test_penalties_biases_filters_and_alternatives():
+    model = small()
+    plain = answers(engine_of(model, False), PROMPTS, SHIFTED)
+    check(answers(engine_of(model, True), PROMPTS, SHIFTED), plain)
+
+
+def test_more_stop_ids_than_the_device_knows():
+    model = small()
+    plain = answers(engine_of(model, False, 2), PROMPTS, GREEDY)
+    last = {*range(50, 90), plain[0][0][3]}  # sorted behind those that fit
+    params = [SamplingParams(temperature=0, max_tokens=9, stop_token_ids=tuple(last))] * 5
+    plain = answers(engine_of(model, False, 2), PROMPTS, params)
+    check(answers(engine_of(model, True, 2), PROMPTS, params), plain)
+
+
+def test_a_request_that_comes_late_and_one_that_is_cancelled():
+    model = small()
+    alone = [answers(engine_of(model, False), [p], GREEDY)[0][0] for p in PROMPTS]
+    engine = engine_of(model, True, 3)
+    first, second = engine.submit(PROMPTS[0], GREEDY), engine.submit(PROMPTS[1], GREEDY)
+    for _ in range(4):
+        engine.step()
+    late = engine.submit(PROMPTS[2], GREEDY)
+    for _ in range(3):
+        engine.step()
+    engine.cancel(second, "enough")
+    again = engine.submit(PROMPTS[3], GREEDY)  # in the slot of the one that was cancelled
+    while not engine.idle:
+        engine.step()
+    assert [first.tokens, late.tokens, again.tokens] == [alone[0], alone[2], alone[3]]
+    assert second.tokens == alone[1][: len(second.tokens)]
+    assert len(second.tokens) < len(alone[1])
+    assert second.finish_reason == "enough"
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(monkeypatch):
+    model = small()
+    alone = answers(engine_of(model, False), PROMPTS[:1], GREEDY)[0][0]
+    engine = engine_of(model, True, 2)
+    good, bad = engine.submit(PROMPTS[0], GREEDY), engine.submit(PROMPTS[1], GREEDY)
+    for _ in range(3):
+        engine.step()
+    engine.cache.k[0, bad.slot, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        for _ in range(3):
+            engine.step()
+    assert bad.finish_reason == "error"
+    while not engine.idle:
+        engine.step()
+    assert good.tokens == alone
+
+
+def test_an_interrupted_step_happens_again(monkeypatch):
+    model = small()
+    alone = answers(engine_of(model, False), PROMPTS[:2], GREEDY)
+    engine = engine_of(model, True, 2)
+    requests = [engine.submit(p, GREEDY) for p in PROMPTS[:2]]
+    for _ in range(3):
+        engine.step()
+    read = CapturedStep.read
+
+    def interrupted(self):
+        monkeypatch.setattr(CapturedStep, "read", read)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CapturedStep, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    while not engine.idle:
+        engine.step()
+    assert [r.tokens for r in requests] == [a[0] for a in alone]
+
+
+def test_rows_that_share_a_slot_are_tokens_of_one_sequence():
+    """What speculation needs: several tokens of a sequence in one step, each seeing those before."""
+    model = small()
+    tokens = [5, 6, 7, 8, 9]
+    cache = model.new_cache(2, 16)
+    step = CapturedStep(model, cache, 4)
+    plain = model.new_cache(2, 16)
+    positions = torch.arange(5, device=DEVICE)
+    ids = torch.tensor(tokens, device=DEVICE)
+    logits = model.forward_flat(ids, positions, Batch([5], [5], [1], DEVICE), plain)
+    params = SamplingParams(temperature=0)
+    first = Row(tokens[0], 0, 1, (), 9, 0, params, ())
+    step.load([first])
+    step.launch()
+    step.read()
+    rows = [Row(tokens[i], i, 1, (), 9, 0, params, ()) for i in range(1, 5)]
+    step.load(rows)
+    step.launch()
+    assert [o.token for o in step.read()] == logits[1:].argmax(-1).tolist()
+    torch.testing.assert_close(cache.k[:, 1, :5], plain.k[:, 1, :5], rtol=1e-4, atol=1e-5)
