@@ -16,7 +16,7 @@ import time
 
 import fire
 import torch
-from speed import SHAPES
+from llama.bench import SHAPES
 
 from llama.cuda import attention, launch, products, tuning
 from llama.model import ModelArgs

@@ -319,6 +319,7 @@ def bench(
     json: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    kernels: bool = True,
 ) -> None:
     """Measure how fast a model runs here, as a share of what this machine can do.
 
@@ -332,12 +333,19 @@ def bench(
         json: print one JSON object in place of the table.
         device: cuda, cuda:N, mps or cpu; by default the first of them there is.
         dtype: float32, bfloat16 or float16; by default the checkpoint's own, for a shape bfloat16.
+        kernels: whether an NVIDIA GPU runs this library's kernels, or the plain model.
     """
     where = local_device(device)
     work = benching.work_for(where, rows, contexts, lengths, steps)
     name, checkpoint = benching.choose(ckpt_dir, shape, work, where, dtype)
     report = benching.measure(
-        name, checkpoint, work, device=where, dtype=as_dtype(dtype), show_progress=True
+        name,
+        checkpoint,
+        work,
+        device=where,
+        dtype=as_dtype(dtype),
+        kernels=kernels,
+        show_progress=True,
     )
     print(json_format.dumps(asdict(report)) if json else "\n".join(benching.lines(report)))
 

@@ -265,6 +265,7 @@ def measure(
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    kernels: bool = True,
     show_progress: bool = False,
 ) -> Report:
     """Do all of `work` on one model. What does not fit the memory that is free, or the model, is
@@ -281,7 +282,7 @@ def measure(
     model = load(checkpoint, ranks=ranks, device=device, dtype=kind, show_progress=show_progress)
     release(device)
     loading = process_age()
-    engine = _engine(model, rows=1, room=room)
+    engine = _engine(model, kernels, rows=1, room=room)
     first_tokens(engine, random_prompt(length, args.vocab_size, 0))
     start = process_age()
     del engine
@@ -303,12 +304,12 @@ def measure(
     with progress("measuring", len(jobs), unit="lines", enabled=show_progress) as advance:
         for job in jobs:
             release(device)
-            _measure_one(job, model, work.steps, report)
+            _measure_one(job, model, kernels, work.steps, report)
             advance(1)
     return report
 
 
-def _measure_one(job: _Job, model: Transformer, steps: int, report: Report) -> None:
+def _measure_one(job: _Job, model: Transformer, kernels: bool, steps: int, report: Report) -> None:
     """Add a line to the report, or why there is none."""
     args, device, kind = model.params, model.norm.weight.device, model.norm.weight.dtype
     what = f"decode, {job.name}" if job.params else f"prefill, {job.name}"
@@ -323,7 +324,7 @@ def _measure_one(job: _Job, model: Transformer, steps: int, report: Report) -> N
         report.left_out.append(f"{what}: needs {sizes}")
         return
     try:
-        engine = _engine(model, rows=job.rows, room=job.room, reuse=job.params is not None)
+        engine = _engine(model, kernels, rows=job.rows, room=job.room, reuse=job.params is not None)
         if job.params:
             seconds, keys = decode_seconds(engine, job.rows, job.tokens, steps, job.params)
             limit = decode_bytes(args, kind, job.rows, keys) / report.bandwidth
@@ -350,9 +351,17 @@ def _measure_one(job: _Job, model: Transformer, steps: int, report: Report) -> N
     (report.decode if job.params else report.prefill).append(timing)
 
 
-def _engine(model: Transformer, *, rows: int, room: int, reuse: bool = False) -> Engine:
-    chunk = chunk_rows(model.norm.weight.device)
-    return Engine(model, max_batch_size=rows, max_seq_len=room, chunk=chunk, reuse=reuse)
+def _engine(
+    model: Transformer, kernels: bool, *, rows: int, room: int, reuse: bool = False
+) -> Engine:
+    return Engine(
+        model,
+        max_batch_size=rows,
+        max_seq_len=room,
+        chunk=chunk_rows(model.norm.weight.device),
+        reuse=reuse,
+        kernels=kernels,
+    )
 
 
 # ---- the table

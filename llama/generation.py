@@ -65,6 +65,7 @@ class Llama:
         dtype: torch.dtype | str | None = None,
         rope_scaling: float | RopeScaling | None = None,
         adapter: str | Path | None = None,
+        kernels: bool = True,
     ) -> "Llama":
         """Read a checkpoint into a model that is ready to answer.
 
@@ -85,6 +86,8 @@ class Llama:
                 bfloat16 where its weights are quantized.
             rope_scaling: factor (or RopeScaling) instead of the one that belongs to the model.
             adapter: folder of a LoRA adapter (PEFT's files), added to the weights as they are read.
+            kernels: on a single NVIDIA GPU of compute capability 8.0 or newer, run by this
+                library's kernels; False: by torch alone, as everywhere else.
 
         Raises ValueError or FileNotFoundError, before anything is allocated, for files that do not
         make a model, limits that do not fit it, or memory that does not suffice; ImportError where
@@ -118,6 +121,7 @@ class Llama:
             seed=seed,
             formatter=formatter,
             stop_token_ids=checkpoint.stop_token_ids,
+            kernels=kernels,
         )
 
     def __init__(
@@ -128,8 +132,10 @@ class Llama:
         seed: int = 1,
         formatter: DialogFormat | None = None,
         stop_token_ids: Collection[int] = (),
+        kernels: bool = True,
     ) -> None:
-        """`formatter` None: the tokenizer family's; `stop_token_ids` are added to its own."""
+        """`formatter` None: the tokenizer family's; `stop_token_ids` are added to its own;
+        `kernels` as in `build`."""
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = formatter or chat_format(tokenizer)
@@ -142,6 +148,7 @@ class Llama:
             stop_token_ids=tokenizer.stop_tokens | set(stop_token_ids),
             seed=seed,
             chunk=chunk_rows(model.norm.weight.device),
+            kernels=kernels,
         )
         self._mail: dict[Request, list[Event]] = {}
         self._warned = False
@@ -556,4 +563,4 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def chunk_rows(device: torch.device) -> int:
     """Tokens of a step at most: enough to fill a GPU; fewer on a CPU, where they take seconds."""
-    return 8192 if device.type == "cuda" else 2048
+    return 4096 if device.type == "cuda" else 2048

@@ -81,7 +81,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=9)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_kv_heads": 4}, {"head_dim": 32, "tied": True}, {"dim": 48, "hidden_dim": 80}]
+    "changes",
+    [{}, {"n_kv_heads": 4}, {"head_dim": 32, "tied": True}, {"dim": 48, "hidden_dim": 80}],
 )
 def test_a_captured_row_is_the_plain_one(changes):
     model = small(**changes)
@@ -91,9 +92,7 @@ def test_a_captured_row_is_the_plain_one(changes):
 
 def test_more_prompts_than_slots_with_ends_of_every_kind():
     model = small()
-    params = [
-        SamplingParams(temperature=0.8, seed=i, max_tokens=3 + 4 * (i % 3)) for i in range(5)
-    ]
+    params = [SamplingParams(temperature=0.8, seed=i, max_tokens=3 + 4 * (i % 3)) for i in range(5)]
     plain = answers(engine_of(model, False, 3), PROMPTS, params)
     stops = {plain[0][0][2], plain[2][0][5]}  # ids that end two of them early
     plain = answers(engine_of(model, False, 3, stops), PROMPTS, params)
