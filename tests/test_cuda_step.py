@@ -25,7 +25,7 @@ def few_programs(monkeypatch):
     if DEVICE.type == "cpu":
         blocks = AttentionBlocks(3, 16, 2, 4, 16)
         monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: blocks)
-        monkeypatch.setattr(products, "one_row_blocks", lambda *_: OneRow(128, 32, 4, 1, 2))
+        monkeypatch.setattr(products, "one_row_blocks", lambda *_: OneRow(128, 32, 4))
 
 
 def small(seed=0, **changes):

@@ -50,9 +50,3 @@ def overlap(device: torch.device) -> dict[str, Any]:
     can = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"OVERLAP": True, "launch_pdl": True} if can else {"OVERLAP": False}
 
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; 3 in the interpreter, so that programs get several blocks."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count

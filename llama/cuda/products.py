@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.cuda.launch import allow, fetch, overlap, processors, wait
+from llama.cuda.launch import allow, fetch, overlap, wait
 from llama.cuda.tuning import OneRow, SomeRows, one_row_blocks, some_rows_blocks
 
 STORE, ADD, GATE, ROTATE = (tl.constexpr(i) for i in range(4))
@@ -96,85 +96,67 @@ def _finish(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 @triton.jit
-def _tile(w, block, n_outputs, start: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202,E501  # fmt: skip
-    """A block's weights from input `start` on, (BLOCK_N, BLOCK_K); zeros beyond its end."""
-    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = start + tl.arange(0, BLOCK_K)
-    at = w + _outputs(j, n_outputs, EPILOGUE).to(tl.int64)[:, None] * K + c[None, :]
-    there = (j < n_outputs)[:, None]
-    if start + BLOCK_K > K:
-        there = there & (c < K)[None, :]
-    return tl.load(at, mask=there, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
 def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
     x, w, gain, eps, n_outputs, out, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
     EPILOGUE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr,
-    AHEAD: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of one row, by as many programs as the chip holds; each does every so many-th
-    block of BLOCK_N outputs, and sums over inputs once a block, across its threads.
+    """BLOCK_N outputs of one row: small programs, as many as the chip can hold at a time, each with
+    the next tiles of its weights on their way; one sum across its threads, at the end.
 
-    The first AHEAD tiles of a block are loaded while the block before it is worked on, those of the
-    first block while the predecessor ends, which is also when FETCH more blocks are brought to the
-    L2 cache: memory never waits. The norm needs no pass of its own: its factor is a number.
+    The norm needs no pass of its own: its factor is a number, found beside the product. The loop is
+    not unrolled: code is read from memory too, and the kernels of a layer drive it out of caches.
     """
-    allow(OVERLAP)
-    mine, programs = tl.program_id(0), tl.num_programs(0)
-    first = _tile(w, mine, n_outputs, 0, K, BLOCK_N, BLOCK_K, EPILOGUE)
-    second, third, fourth = first, first, first
-    if AHEAD > 1:
-        second = _tile(w, mine, n_outputs, BLOCK_K, K, BLOCK_N, BLOCK_K, EPILOGUE)
-    if AHEAD > 2:
-        third = _tile(w, mine, n_outputs, 2 * BLOCK_K, K, BLOCK_N, BLOCK_K, EPILOGUE)
-    if AHEAD > 3:
-        fourth = _tile(w, mine, n_outputs, 3 * BLOCK_K, K, BLOCK_N, BLOCK_K, EPILOGUE)
-    for later in tl.static_range(1, FETCH + 1):
-        j = (mine + later * programs) * BLOCK_N + tl.arange(0, BLOCK_N)
-        j = tl.minimum(j, n_outputs - 1)
-        rows = w + _outputs(j, n_outputs, EPILOGUE).to(tl.int64)[:, None] * K
-        fetch(rows, K, tl.constexpr(2 * K), OVERLAP)
-    wait(OVERLAP)
+    if not LATE:
+        allow(OVERLAP)
     c = tl.arange(0, BLOCK_K)
-    for block in tl.range(mine, tl.cdiv(n_outputs, BLOCK_N), programs):
-        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        squares = tl.zeros((BLOCK_K,), tl.float32)
-        for start in tl.static_range(0, K, BLOCK_K):
-            if start == 0:
-                tile = first
-            elif start < AHEAD * BLOCK_K and start == BLOCK_K:
-                tile = second
-            elif start < AHEAD * BLOCK_K and start == 2 * BLOCK_K:
-                tile = third
-            elif start < AHEAD * BLOCK_K:
-                tile = fourth
-            else:
-                tile = _tile(w, block, n_outputs, start, K, BLOCK_N, BLOCK_K, EPILOGUE)
-            if start < AHEAD * BLOCK_K:
-                after = _tile(w, block + programs, n_outputs, start, K, BLOCK_N, BLOCK_K, EPILOGUE)
-                if start == 0:
-                    first = after
-                elif start == BLOCK_K:
-                    second = after
-                elif start == 2 * BLOCK_K:
-                    third = after
-                else:
-                    fourth = after
-            inside = c + start < K
-            xs = tl.load(x + start + c, mask=inside, other=0.0).to(tl.float32)
-            if NORM:
-                squares += xs * xs
-                xs *= tl.load(gain + start + c, mask=inside, other=0.0).to(tl.float32)
-            total += tile.to(tl.float32) * xs[None, :]
-        y = tl.sum(total, 1)
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = w + _outputs(j, n_outputs, EPILOGUE).to(tl.int64)[:, None] * K + c[None, :]
+    real = (j < n_outputs)[:, None]
+    tile = tl.load(row, mask=_there(real, c, 0, K, BLOCK_K), other=0.0)
+    second = tile
+    if AHEAD > 1:
+        second = tl.load(row + BLOCK_K, mask=_there(real, c, BLOCK_K, K, BLOCK_K), other=0.0)
+    wait(OVERLAP)
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        later = start + AHEAD * BLOCK_K
+        after = tl.load(row + later, mask=_there(real, c, later, K, BLOCK_K), other=0.0)
+        inside = _inside(c, start, K, BLOCK_K)
+        xs = tl.load(x + start + c, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        _finish(
-            y[:, None], block * BLOCK_N, tl.arange(0, 1), 1, n_outputs, out, cos, sin, slots,
-            positions, k, v, EPILOGUE, BLOCK_N, 1, HEADS, KV_HEADS, E, T,
-        )  # fmt: skip
+            squares += xs * xs
+            xs *= tl.load(gain + start + c, mask=inside, other=0.0).to(tl.float32)
+        total += tile.to(tl.float32) * xs[None, :]
+        if AHEAD > 1:
+            tile, second = second, after
+        else:
+            tile = after
+    if LATE:
+        allow(OVERLAP)
+    y = tl.sum(total, 1)
+    if NORM:
+        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    _finish(
+        y[:, None], tl.program_id(0) * BLOCK_N, tl.arange(0, 1), 1, n_outputs, out, cos, sin, slots,
+        positions, k, v, EPILOGUE, BLOCK_N, 1, HEADS, KV_HEADS, E, T,
+    )  # fmt: skip
+
+
+@triton.jit
+def _inside(c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """Which columns of a tile that begins at `start` are in the row: one answer, or one each."""
+    if K % BLOCK_K == 0:
+        return start + tl.zeros_like(c) < K
+    return start + c < K
+
+
+@triton.jit
+def _there(real, c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """The mask of a tile of weights: its rows and its columns."""
+    return real & _inside(c, start, K, BLOCK_K)[None, :]
 
 
 @triton.jit
@@ -232,7 +214,6 @@ class Products:
 
     def __init__(self, device: torch.device) -> None:
         self.extra = overlap(device)
-        self.processors = processors(device)
         self.partial = torch.empty(0, device=device)
         self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
 
@@ -268,12 +249,10 @@ class Products:
             one = blocks or one_row_blocks(outputs, inputs)
             assert isinstance(one, OneRow), one
             gain, eps = norm or (x, 0.0)
-            programs = min(triton.cdiv(outputs, one.block_n), one.each * self.processors)
-            _one_row[(programs,)](
+            _one_row[(triton.cdiv(outputs, one.block_n),)](
                 x, weight, gain, eps, outputs, out, *where, longest,
                 K=inputs, BLOCK_N=one.block_n, BLOCK_K=one.block_k, NORM=norm is not None,
-                AHEAD=min(one.ahead, triton.cdiv(inputs, one.block_k)), FETCH=one.fetch,
-                num_warps=one.warps, **shape,
+                AHEAD=one.ahead, LATE=one.late, num_warps=one.warps, **shape,
             )  # fmt: skip
             return out
         assert norm is None, "the norm of several rows is made before"

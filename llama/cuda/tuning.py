@@ -10,15 +10,14 @@ MOST_ROWS = 32  # of our products; from there on torch's are as fast
 
 
 class OneRow(NamedTuple):
-    """Outputs and inputs of a tile, warps, programs on each multiprocessor, tiles that are loaded
-    ahead, blocks that are fetched to the L2 cache before the input is there."""
+    """Outputs and inputs of a tile, warps, tiles that are loaded ahead, whether the next kernel may
+    begin only near the end."""
 
     block_n: int
     block_k: int
     warps: int
-    each: int = 2
-    ahead: int = 4
-    fetch: int = 0
+    ahead: int = 1
+    late: bool = True
 
 
 class SomeRows(NamedTuple):
@@ -40,7 +39,7 @@ def power_of_two(n: int) -> int:
 
 
 def one_row_blocks(outputs: int, inputs: int) -> OneRow:
-    return OneRow(4, min(1024, power_of_two(inputs)), 4)
+    return OneRow(2, min(1024, power_of_two(inputs)), 4)
 
 
 def some_rows_blocks(rows: int, outputs: int, inputs: int) -> SomeRows:
