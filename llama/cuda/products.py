@@ -114,22 +114,24 @@ def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = w + _outputs(j, n_outputs, EPILOGUE).to(tl.int64)[:, None] * K + c[None, :]
     real = (j < n_outputs)[:, None]
+    WIDE: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth  # what a thread loads at once
     tile = tl.load(row, mask=_there(real, c, 0, K, BLOCK_K), other=0.0)
     second = tile
     if AHEAD > 1:
         second = tl.load(row + BLOCK_K, mask=_there(real, c, BLOCK_K, K, BLOCK_K), other=0.0)
     wait(OVERLAP)
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_K,), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_K // WIDE), tl.float32)
+    squares = tl.zeros((BLOCK_K // WIDE,), tl.float32)
     for start in tl.range(0, K, BLOCK_K):
         later = start + AHEAD * BLOCK_K
         after = tl.load(row + later, mask=_there(real, c, later, K, BLOCK_K), other=0.0)
         inside = _inside(c, start, K, BLOCK_K)
         xs = tl.load(x + start + c, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            squares += xs * xs
+            squares += tl.sum(tl.reshape(xs * xs, (BLOCK_K // WIDE, WIDE)), 1)
             xs *= tl.load(gain + start + c, mask=inside, other=0.0).to(tl.float32)
-        total += tile.to(tl.float32) * xs[None, :]
+        terms = tl.reshape(tile.to(tl.float32) * xs[None, :], (BLOCK_N, BLOCK_K // WIDE, WIDE))
+        total += tl.sum(terms, 2)
         if AHEAD > 1:
             tile, second = second, after
         else:
