@@ -44,7 +44,7 @@ def multiply():
 
 BLOCKS = [
     (1, None), (1, OneRow(4, 32, 2, 2, False)), (1, OneRow(2, 64, 4, 1)),
-    (2, None), (5, SomeRows(32, 16, 32, 2, 2, 4)), (17, SomeRows(32, 32, 32, 3, 2, 4, 128)),
+    (2, None), (5, SomeRows(32, 16, 32, 2, 2, 4)), (17, SomeRows(32, 32, 32, 3, 2, 4, False)),
     (64, SomeRows(64, 32, 64, 1, 2, 4)),
 ]  # fmt: skip
 

@@ -116,23 +116,34 @@ class DecodeAttention:
         self, max_rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device
     ) -> None:
         self.extra = overlap(device)
-        most = max(decode_attention_blocks(r, kv_heads).programs + r for r in (1, max_rows))
+        most = max_rows + max(
+            decode_attention_blocks(r, kv_heads, long).programs
+            for r in range(1, max_rows + 1)
+            for long in (False, True)
+        )
         self.sums = torch.empty(most * heads * head_dim, device=device)
         self.tops = torch.empty(most * heads * 2, device=device)
         self.arrived = torch.zeros(max_rows * kv_heads, dtype=torch.int32, device=device)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, out: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        out: Tensor,
+        long: bool = True,
     ) -> Tensor:
         """q (R, H, E) over the first lengths[r] keys of slots[r] in k and v, a layer's (P, T, K,
         E), into out (R, H, E), which is returned. slots and lengths (R,) are integers, and were not
         written by the kernel launched before this one; a row of length 0 reads nothing, and its
-        output is left as it was."""
+        output is left as it was. `long` says whether to be quick with many keys or with few."""
         rows, heads, size = q.shape
         assert q.stride()[1:] == (size, 1), q.stride()
         assert out.is_contiguous(), out.stride()
         longest, kv_heads = k.shape[1:3]
-        programs, block, stages, warps, ahead = decode_attention_blocks(rows, kv_heads)
+        programs, block, stages, warps, ahead = decode_attention_blocks(rows, kv_heads, long)
         _attend[(programs + rows, kv_heads)](
             q, q.stride(0), k, v, slots, lengths, out, self.sums, self.tops, self.arrived, rows, longest,
             size**-0.5 * 1.4426950408889634,  # times log2(e): scores are exponents of 2

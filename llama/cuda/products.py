@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.cuda.launch import allow, fetch, overlap, wait
+from llama.cuda.launch import allow, overlap, wait
 from llama.cuda.tuning import OneRow, SomeRows, one_row_blocks, some_rows_blocks
 
 STORE, ADD, GATE, ROTATE = (tl.constexpr(i) for i in range(4))
@@ -165,14 +165,15 @@ def _there(real, c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ign
 def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     x, w, rows, n_outputs, out, partial, arrived, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
     K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, FETCH: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, E: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of RP rows over a SPLIT-th of the inputs; the last one to come adds up.
 
     The sum over splits is made in their order, whoever comes last, so it is always the same.
     """
-    allow(OVERLAP)
+    if not LATE:
+        allow(OVERLAP)
     first, part = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     j = first + tl.arange(0, BLOCK_N)
     r = tl.arange(0, RP)
@@ -180,7 +181,6 @@ def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     real = (j < n_outputs)[:, None]
     SPAN: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
     begin = part * SPAN
-    fetch(row + begin, min(SPAN, K - begin), FETCH, OVERLAP)
     wait(OVERLAP)
     y = tl.zeros((BLOCK_N, RP), tl.float32)
     for start in tl.range(begin, min(begin + SPAN, K), BLOCK_K, num_stages=STAGES):
@@ -191,6 +191,8 @@ def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
         tile = tl.load(row + c[None, :], mask=there, other=0.0, eviction_policy="evict_first")
         xs = tl.load(x + r[None, :] * K + c[:, None], mask=here, other=0.0)
         y = tl.dot(tile, xs, y, input_precision="ieee")
+    if LATE:
+        allow(OVERLAP)
     last = True
     if SPLIT > 1:
         cell = tl.arange(0, BLOCK_N)[:, None] * RP + r[None, :]
@@ -264,7 +266,7 @@ class Products:
         _some_rows[(tiles, some.split)](
             x, weight, rows, outputs, out, self.partial, self.arrived, *where, longest,
             K=inputs, RP=some.padded, BLOCK_N=some.block_n, BLOCK_K=some.block_k, SPLIT=some.split,
-            STAGES=some.stages, FETCH=some.fetch, num_warps=some.warps, **shape,
+            STAGES=some.stages, LATE=some.late, num_warps=some.warps, **shape,
         )  # fmt: skip
         return out
 

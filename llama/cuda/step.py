@@ -33,7 +33,7 @@ from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.sampling import Sampler
 from llama.cuda.shifts import Shifts
-from llama.cuda.tuning import MOST_ROWS, power_of_two, some_rows_blocks
+from llama.cuda.tuning import LONG, MOST_ROWS, power_of_two, some_rows_blocks
 from llama.model import Transformer
 from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WORD, SamplingParams
 
@@ -168,8 +168,9 @@ class CapturedStep:
         self.stops = torch.full((max_rows, STOPS), -1, dtype=torch.int64, device=device)
         self.results = torch.zeros(max_rows, 3, dtype=torch.int32, device=device)
         self.overlap = overlap(device)
-        self.graphs: dict[tuple[int, int | None], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int | None, bool], torch.cuda.CUDAGraph] = {}
         self.rows = 0
+        self.keys = 0  # of the longest row in the next step
         self.top: int | None = None  # alternatives of a full step; None: a lean one
         self.knows_stops = True  # whether the device sees every stop id of the rows
         self.flight: deque[tuple[list[Tensor], torch.cuda.Event | None]] = deque()
@@ -181,6 +182,7 @@ class CapturedStep:
         assert not self.flight, len(self.flight)
         assert 0 < len(rows) <= self.max_rows, (len(rows), self.max_rows)
         self.rows = min(self.max_rows, power_of_two(len(rows)))
+        self.keys = max(row.position for row in rows) + 1
         self.knows_stops = all(len(row.stops) <= STOPS for row in rows)
         columns = [
             [r.token, r.position, r.slot, r.position + 1, len(r.generated), r.limit, r.seed & WORD,
@@ -208,7 +210,8 @@ class CapturedStep:
 
     def launch(self) -> None:
         """Run one step; it is in flight until it is read."""
-        key = self.rows, self.top
+        key = self.rows, self.top, self.keys > LONG
+        self.keys += 1
         if self.device.type != "cuda":
             self._step(*key)
         else:
@@ -270,23 +273,23 @@ class CapturedStep:
             source = source.pin_memory()
         target.copy_(source, non_blocking=True)
 
-    def _capture(self, rows: int, top: int | None) -> None:
+    def _capture(self, rows: int, top: int | None, long: bool) -> None:
         """Record the graph of a step. What it needs is compiled and allocated by a run before it,
         in which no row has a slot."""
         kept = self.state.clone()
         self.slots[:rows] = -1
         self.lengths[:rows] = 0
-        self._step(rows, top)
+        self._step(rows, top, long)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            self._step(rows, top)
+            self._step(rows, top, long)
         self.state.copy_(kept)
-        self.graphs[rows, top] = graph
+        self.graphs[rows, top, long] = graph
 
     @torch.no_grad()
-    def _step(self, rows: int, top: int | None) -> None:
+    def _step(self, rows: int, top: int | None, long: bool) -> None:
         """Embedding, layers, choice, and what the next step starts from."""
         s, n, model = self.scratch, rows, self.forward.model
         size = model.params.head_dim // 2
@@ -298,9 +301,9 @@ class CapturedStep:
         )  # fmt: skip
         for layer, block in enumerate(self.forward.blocks):
             if n <= MOST_ROWS:
-                self._few(n, layer, block)
+                self._few(n, layer, block, long)
             else:
-                self._many(n, layer, block)
+                self._many(n, layer, block, long)
         logits = self._logits(n)
         if top is None:
             self.sampler(logits, self.index[:n], rows=n)
@@ -319,18 +322,18 @@ class CapturedStep:
             return self.scratch.x[:1], (weight, eps)
         return rms_norm(self.scratch.x[:n], weight, eps, out=self.scratch.normed[:n]), None
 
-    def _few(self, n: int, layer: int, block: Block) -> None:
+    def _few(self, n: int, layer: int, block: Block, long: bool) -> None:
         s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
         where = Rotation(s.cos, s.sin, self.slots, self.positions, k, v)
         h, norm = self._norm(n, block.attention_norm)
         self.products(h, block.wqkv, s.q[:n], ROTATE, norm=norm, rotation=where)
-        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n])
+        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long)
         self.products(s.attended[:n].flatten(1), block.wo, s.x[:n], ADD)
         h, norm = self._norm(n, block.ffn_norm)
         self.products(h, block.w13, s.gated[:n], GATE, norm=norm)
         self.products(s.gated[:n], block.w2, s.x[:n], ADD)
 
-    def _many(self, n: int, layer: int, block: Block) -> None:
+    def _many(self, n: int, layer: int, block: Block, long: bool) -> None:
         s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
         heads, kv_heads = self.forward.heads, self.forward.kv_heads
         h, _ = self._norm(n, block.attention_norm)
@@ -338,7 +341,7 @@ class CapturedStep:
         rotate_and_store(
             s.qkv[:n], s.cos, s.sin, s.places, k, v, heads, kv_heads, out=s.q[:n]
         )  # (n, H, E)
-        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n])
+        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long)
         s.x[:n].addmm_(s.attended[:n].flatten(1), block.wo.t())
         h, _ = self._norm(n, block.ffn_norm)
         torch.mm(h, block.w13.t(), out=s.both[:n])

@@ -21,8 +21,8 @@ class OneRow(NamedTuple):
 
 
 class SomeRows(NamedTuple):
-    """Rows as the tensor cores see them, the tile, programs that share a sum, stages, warps, bytes
-    a row that are on their way before the input is there."""
+    """Rows as the tensor cores see them, the tile, programs that share a sum, stages, warps, whether
+    the next kernel may begin only near the end."""
 
     padded: int
     block_n: int
@@ -30,7 +30,7 @@ class SomeRows(NamedTuple):
     split: int
     stages: int
     warps: int
-    fetch: int = 0
+    late: bool = True
 
 
 def power_of_two(n: int) -> int:
@@ -39,15 +39,19 @@ def power_of_two(n: int) -> int:
 
 
 def one_row_blocks(outputs: int, inputs: int) -> OneRow:
-    return OneRow(2, min(1024, power_of_two(inputs)), 4)
+    if inputs > 8192:
+        return OneRow(2, 1024, 4, late=False)
+    if inputs >= 2048 and outputs >= 16384:
+        return OneRow(2, 2048, 4, ahead=2 if outputs > 65536 else 1)
+    return OneRow(8 if outputs > 4096 else 4, min(512, power_of_two(inputs)), 4)
 
 
 def some_rows_blocks(rows: int, outputs: int, inputs: int) -> SomeRows:
     padded = max(16, power_of_two(rows))
-    split = 1
-    while split < 4 and outputs // 64 * split < 200 and inputs // split >= 2048:
-        split *= 2
-    return SomeRows(padded, 64, min(128, power_of_two(inputs)), split, 4, 4)
+    tiles = -(-outputs // 64)
+    split = 1 if tiles >= 200 or inputs < 2048 else 2 if tiles >= 64 else 4
+    stages = 4 if tiles >= 200 else 6 if tiles <= 64 else 3
+    return SomeRows(padded, 64, min(128, power_of_two(inputs)), split, min(stages, 384 // padded), 4)
 
 
 class DecodeAttention(NamedTuple):
@@ -61,5 +65,13 @@ class DecodeAttention(NamedTuple):
     ahead: int = 128
 
 
-def decode_attention_blocks(rows: int, kv_heads: int) -> DecodeAttention:
-    return DecodeAttention(max(8, (512 if rows < 64 else 2048) // kv_heads), 64, 3, 4)
+LONG = 1024  # keys from which on a row counts as long
+
+
+def decode_attention_blocks(rows: int, kv_heads: int, long: bool) -> DecodeAttention:
+    eighth = max(1, 8 // kv_heads) if kv_heads < 8 else 1
+    if rows <= 2 and not long:
+        return DecodeAttention(16 * eighth, 64, 2, 4)
+    if rows <= 16:
+        return DecodeAttention(16 * eighth, 128, 3, 4)
+    return DecodeAttention(32 * eighth, 64, 4 if rows <= 64 else 2, 4)
