@@ -21,11 +21,15 @@ from llama.checkpoint import (
     merge_adapter,
     open_checkpoint,
     random_checkpoint,
+    source,
+    write_gguf,
+    write_hf,
     write_meta,
 )
 from llama.checkpoint import load as load_plain
 from llama.checkpoint.packed import Format, Packed, join_nibbles
 from llama.checkpoint.quantized import FILE, PackedTensor
+from llama.checkpoint.source import LazyTensor
 from llama.comparison import Difference
 from llama.demo.quantized import difference, held_out_rows
 from llama.model import ModelArgs
@@ -328,6 +332,39 @@ def test_a_quantized_model_is_the_plain_one_with_the_unpacked_weights(recipe, ti
     assert changed >= 14
     tokens = torch.arange(40).view(2, 20)
     torch.testing.assert_close(fast(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_any_format_on_disk_is_packed_to_the_same_values(tmp_path):
+    """Hugging Face keeps rows of q and k in another order; GGUF, quantized itself, as float32."""
+    checkpoint = checkpoint_of(dtype=torch.bfloat16)
+    write_hf(checkpoint, tmp_path / "hf")
+    write_gguf(checkpoint, tmp_path / "plain.gguf")
+    write_gguf(checkpoint, tmp_path / "q8_0.gguf", type="q8_0")
+    expected = load_by(checkpoint, "int4")
+    for name in ("hf", "plain.gguf"):
+        assert parameters_equal(load_by(open_checkpoint(tmp_path / name), "int4"), expected)
+    again = open_checkpoint(tmp_path / "q8_0.gguf")
+    name = "layers.1.attention.wk.weight"
+    packed = load_by(again, "int4").layers[1].attention.wk.packed
+    wanted = quantize(again.tensors[name].read(), Format("int4", 64))
+    assert all(same(a, b) for a, b in zip(packed, wanted, strict=True))
+
+
+def test_a_few_rows_are_in_memory_at_a_time(tmp_path, monkeypatch):
+    read, largest = LazyTensor.read, []
+
+    def watched(self, *cut):
+        found = read(self, *cut)
+        largest.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(LazyTensor, "read", watched)
+    monkeypatch.setattr(source, "_BLOCK", 2**12)
+    checkpoint = checkpoint_of()
+    load_by(checkpoint, "int4", Ranks(1, 2))
+    write_quantized(checkpoint, tmp_path / "packed", "int4")
+    assert len(largest) > 100
+    assert max(largest) <= 2**12
 
 
 def test_what_is_read_together_lies_in_one_storage():

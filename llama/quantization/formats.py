@@ -15,7 +15,7 @@ from llama.checkpoint.packed import KINDS, Format, Packed, join_nibbles
 _CLIPS = (1.0, 0.9, 0.8)  # of the lowest and the highest number of a group
 _ROUNDS = 2  # of refits after that
 _BLOCK = {"cpu": 2**18}  # numbers that are searched at a time: what fits in a core's cache
-_LARGE_BLOCK = 2**25
+_LARGE_BLOCK = 2**22  # on a GPU, whose allocator keeps what was taken once
 _TINY = 1e-30  # a scale below this is none
 
 

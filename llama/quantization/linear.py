@@ -23,7 +23,7 @@ from llama.parallel import (
 )
 
 _BLOCK = {"cpu": 2**20}  # numbers unpacked at a time: a product reads them out of a core's cache
-_LARGE_BLOCK = 2**26
+_LARGE_BLOCK = 2**24
 _FEW = 16  # rows of states up to which torch's int8 product is faster on a CPU: 17 times for one
 
 
@@ -85,9 +85,9 @@ class QuantizedLinear(_Holder):
 
 
 def _torchs_own(packed: Packed, x: Tensor) -> bool:
-    few = x.numel() <= _FEW * x.shape[-1]
+    few = 0 < x.numel() <= _FEW * x.shape[-1] and not x.requires_grad
     plain = x.device.type == "cpu" and x.dtype == torch.bfloat16 and packed.weight.is_contiguous()
-    return plain and few and packed.format.kind == "int8" and x.numel() > 0
+    return plain and few and packed.weight.dtype == torch.int8
 
 
 def int8_product(x: Tensor, packed: Packed) -> Tensor:
