@@ -38,6 +38,7 @@ def main(
     max_batch_size: int = 4,
     max_gen_len: int | None = None,
     seed: int = 9,
+    quantize: str | None = None,
 ) -> None:
     """Answer a few dialogs and print them.
 
@@ -50,9 +51,12 @@ def main(
         max_batch_size: dialogs that run at one time; more than that wait in line.
         max_gen_len: tokens of an answer at most; by default all that max_seq_len leaves.
         seed: another number gives other samples.
+        quantize: int8, fp8, int4 or mixed: fewer bytes for the weights, almost the same answers.
     """
     check_sampling(temperature, top_p, max_gen_len)  # before anything is loaded
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed)
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, quantize=quantize
+    )
     results = llama.chat_completion(DIALOGS, temperature, top_p, max_gen_len)
     if llama.is_main:
         for dialog, result in zip(DIALOGS, results, strict=True):

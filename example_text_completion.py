@@ -25,6 +25,7 @@ def main(
     max_batch_size: int = 4,
     max_gen_len: int | None = 32,
     seed: int = 9,
+    quantize: str | None = None,
 ) -> None:
     """Continue a few texts and print them.
 
@@ -37,9 +38,12 @@ def main(
         max_batch_size: texts that run at one time; more than that wait in line.
         max_gen_len: tokens of a continuation at most; None for all that max_seq_len leaves.
         seed: another number gives other samples.
+        quantize: int8, fp8, int4 or mixed: fewer bytes for the weights, almost the same answers.
     """
     check_sampling(temperature, top_p, max_gen_len)  # before anything is loaded
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed)
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, quantize=quantize
+    )
     results = llama.text_completion(PROMPTS, temperature, top_p, max_gen_len)
     if llama.is_main:
         for prompt, result in zip(PROMPTS, results, strict=True):

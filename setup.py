@@ -19,6 +19,7 @@ setup(
         "cli": ["tqdm>=4.60", "rich>=12", "prompt_toolkit>=3.0.24"],
         "gguf": ["gguf>=0.10"],
         "llama2": ["sentencepiece>=0.2"],
+        "plot": ["matplotlib>=3.6"],
         "test": [
             "gguf>=0.10",
             "pytest>=8",

@@ -16,8 +16,8 @@ import time
 
 import fire
 import torch
-from llama.bench import SHAPES
 
+from llama.bench import SHAPES
 from llama.cuda import attention, launch, products, tuning
 from llama.model import ModelArgs
 

@@ -8,7 +8,9 @@ also for one that this machine could never hold.
 import json as json_format
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from llama import chat as talking
 from llama import cli
 from llama.checkpoint import (
     Checkpoint,
+    Format,
     check,
     free_memory,
     make_plan,
@@ -26,12 +29,15 @@ from llama.checkpoint import (
 )
 from llama.checkpoint import convert as write_format
 from llama.checkpoint import reshard as write_shards
-from llama.checkpoint.source import mapped_parts
+from llama.checkpoint.plan import is_mapped
+from llama.comparison import check_plot, compare_all, table
+from llama.comparison import plot as draw
 from llama.generation import Llama, as_dtype, chunk_rows, with_limits
 from llama.llama2 import open_tokenizer
 from llama.model import RopeScaling
 from llama.parallel import Ranks, local_device
 from llama.perplexity import check_window, default_window, score
+from llama.quantization import check_ranks, formats_of, recipes_for, write_quantized
 from llama.sampling import SamplingParams
 from llama.tokenizer import TextTokenizer
 from llama.verify import verify as find_problems
@@ -45,6 +51,7 @@ def info(
     max_seq_len: int | None = None,
     dtype: str | None = None,
     model_parallel_size: int = 1,
+    quantize: str | None = None,
 ) -> None:
     """Say what lies in a folder of weights, and what running it would take.
 
@@ -54,8 +61,10 @@ def info(
         max_seq_len: tokens of a sequence, prompt and answer; what Llama.build takes by default.
         dtype: float32, bfloat16 or float16; the checkpoint's own by default.
         model_parallel_size: processes that share the model.
+        quantize: int8, fp8, int4, mixed, or formats by part of the model; as stored by default.
     """
     checkpoint = open_checkpoint(ckpt_dir)
+    formats = checkpoint.formats if quantize is None else formats_of(quantize, checkpoint.args)
     kind = as_dtype(dtype) or checkpoint.dtype
     args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
     if model_parallel_size not in args.rank_counts():
@@ -63,6 +72,7 @@ def info(
             f"model_parallel_size={model_parallel_size}: these numbers of ranks can share this "
             f"model: {args.rank_counts()}"
         )
+    check_ranks(formats, args, model_parallel_size)
     rows = {
         "family": checkpoint.family,
         "parameters": f"{checkpoint.parameters:,}",
@@ -71,12 +81,14 @@ def info(
         "context": f"{args.context_length} tokens",
         "rope scaling": _scaling(args.rope_scaling),
         "ranks that work": ", ".join(map(str, args.rank_counts())),
-    } | _memory(replace(checkpoint, args=args), kind, model_parallel_size)
+    } | _memory(replace(checkpoint, args=args), formats, kind, model_parallel_size)
     for title, text in rows.items():
         print(f"{title:15}  {text}")
 
 
-def _memory(checkpoint: Checkpoint, dtype: torch.dtype, size: int) -> dict[str, str]:
+def _memory(
+    checkpoint: Checkpoint, formats: Mapping[str, Format], dtype: torch.dtype, size: int
+) -> dict[str, str]:
     """Rows on the memory of each of `size` ranks, on a GPU and on a CPU."""
     args, cpu = checkpoint.args, torch.device("cpu")
     limits = f"max_batch_size {args.max_batch_size}, max_seq_len {args.max_seq_len}"
@@ -89,24 +101,29 @@ def _memory(checkpoint: Checkpoint, dtype: torch.dtype, size: int) -> dict[str, 
             max_seq_len=args.max_seq_len,
             chunk=chunk_rows(device),
             device=device.type,
+            formats=formats,
         )
         for device in (torch.device("cuda"), cpu)
     ]
-    names = list(checkpoint.tensors)
-    mapped = mapped_parts(checkpoint, names, Ranks(0, size), cpu, dtype) is not None
+    mapped = is_mapped(checkpoint, Ranks(0, size), cpu, dtype, formats)
     on_cpu = replace(plans[1], mapped=mapped)
     free = free_memory(cpu, size)
     try:
-        check(on_cpu, free, cpu)
+        check(on_cpu, free, cpu, recipes_for(args))
         verdict = "fits"
     except ValueError as error:
         verdict = str(error)
     return {
-        "each rank": f"{_name(dtype)}, {limits}, ranks {size}",
+        "each rank": f"{_kinds(formats, dtype)}, {limits}, ranks {size}",
         "  on a GPU": str(plans[0]),
         "  on a CPU": str(on_cpu),
         "main memory": f"{free / 2**30:.2f} GiB free for each rank: {verdict}",
     }
+
+
+def _kinds(formats: Mapping[str, Format], dtype: torch.dtype) -> str:
+    """What the weights will be held as."""
+    return ", ".join([*sorted({str(format) for format in formats.values()}), _name(dtype)])
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -135,6 +152,7 @@ def chat(
     system: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Talk with a model in the terminal, or line by line through a pipe.
 
@@ -149,12 +167,19 @@ def chat(
         system: the system prompt.
         device: cuda, cuda:N, mps or cpu; by default the first of them there is.
         dtype: float32, bfloat16 or float16; the checkpoint's own by default.
+        quantize: int8, fp8, int4, mixed, or formats by part of the model; as stored by default.
     """
     params = SamplingParams(
         temperature=temperature, top_p=top_p, max_tokens=_positive(max_gen_len, "max_gen_len")
     )
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, seed=seed, device=device, dtype=dtype
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
     )
     about = "The demo, which knows a very small world. " if ckpt_dir == DEMO else ""
     room = llama.engine.cache.max_seq_len
@@ -176,6 +201,7 @@ def complete(
     json: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Continue a text, which is given here, in a file, or on standard input.
 
@@ -194,11 +220,14 @@ def complete(
         json: print one JSON object in place of the text.
         device: cuda, cuda:N, mps or cpu; by default the first of them there is.
         dtype: float32, bfloat16 or float16; the checkpoint's own by default.
+        quantize: int8, fp8, int4, mixed, or formats by part of the model; as stored by default.
     """
     limit = _positive(max_gen_len, "max_gen_len")
     SamplingParams(temperature=temperature, top_p=top_p)  # says what is wrong before much is done
     given = None if text is None and file is None else _given(text, file)
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, device=device, dtype=dtype)
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, device=device, dtype=dtype, quantize=quantize
+    )
     if given is None:  # only one rank can read it
         read = cli.read_text(None) if llama.is_main else ""
         given = llama.model.ranks.tell(read.encode()).decode()
@@ -275,6 +304,9 @@ def perplexity(
     stride: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: cli.SEVERAL = (),
+    against: str | None = None,
+    plot: str | None = None,
 ) -> None:
     """Say how well a model expects a text.
 
@@ -288,16 +320,42 @@ def perplexity(
             scored once, after at least window - 1 - stride others (but for the first window's).
         device: cuda, cuda:N, mps or cpu; by default the first of them there is.
         dtype: float32, bfloat16 or float16; the checkpoint's own by default.
+        quantize: as for chat; may be given several times, for a table with a row for each.
+        against: folder of weights that each row is compared with: ckpt_dir itself, or another.
+        plot: file to draw quality against size to, .png, .pdf or .svg.
     """
     text = cli.read_text(text_file)
-    if window is None:
-        window = default_window(open_checkpoint(ckpt_dir).args.context_length)
+    checkpoint = open_checkpoint(ckpt_dir)
+    for recipe in quantize:
+        formats_of(recipe, checkpoint.args)  # says what is wrong before much is done
+    if plot is not None:
+        check_plot(plot)
+    context = checkpoint.args.context_length
+    if against is not None:
+        context = min(context, open_checkpoint(against).args.context_length)
+    window = default_window(context) if window is None else window
     stride = check_window(window, stride)
     slots = max(1, chunk_rows(local_device(device)) // window)  # what fills a step
-    llama = Llama.build(ckpt_dir, tokenizer_path, window, slots, device=device, dtype=dtype)
+
+    def build(folder: str, recipe: str | None = None) -> Llama:
+        return Llama.build(
+            folder, tokenizer_path, window, slots, device=device, dtype=dtype, quantize=recipe
+        )
+
+    if quantize or against is not None or plot is not None:
+        makers = {recipe: partial(build, ckpt_dir, recipe) for recipe in quantize}
+        base = None if against is None else partial(build, against)
+        makers = makers or {ckpt_dir: partial(build, ckpt_dir)}
+        rows, is_main = compare_all(makers, against, base, text, window=window, stride=stride)
+        if is_main:
+            print("\n".join(table(rows)))
+        if is_main and plot is not None:
+            draw(rows, plot)
+        return
+    llama = build(ckpt_dir)
     result = score(llama, text, window=window, stride=stride, show_progress=llama.is_main)
     error = result.perplexity * result.error
-    rows = {
+    said = {
         "text": f"{result.tokens} tokens, {result.size} bytes",
         "windows": f"of {window} tokens, moved on by {stride}",
         "mean": f"{result.mean:.6f} nats a token, standard error {result.error:.6f}",
@@ -305,8 +363,8 @@ def perplexity(
         "bits per byte": f"{result.bits_per_byte:.6f}",
     }
     if llama.is_main:
-        for title, said in rows.items():
-            print(f"{title:15}  {said}")
+        for title, words in said.items():
+            print(f"{title:15}  {words}")
 
 
 def bench(
@@ -393,6 +451,22 @@ def convert(
     print(f"{dst}: {checkpoint.parameters:,} parameters, {type or _name(kind or checkpoint.dtype)}")
 
 
+def quantize(src: str, dst: str, quantize: str, device: str | None = None) -> None:
+    """Write a model with quantized weights, and its tokenizer, which then load as they are.
+
+    Args:
+        src: folder of weights, Meta's or Hugging Face's, or a .gguf file.
+        dst: a new folder; nothing of that name stands there before everything is whole.
+        quantize: int8, fp8, int4, mixed, or formats by part of the model.
+        device: where it is computed: cuda, cuda:N, mps or cpu; the first of them there is.
+    """
+    checkpoint = open_checkpoint(src)
+    where = local_device(device)
+    folder = write_quantized(checkpoint, dst, quantize, device=where, show_progress=True)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    print(f"{folder}: {checkpoint.parameters:,} parameters, {size:,} bytes")
+
+
 def _positive(number: int | None, name: str) -> int | None:
     """ValueError below 0; 0 means None, as in Meta's code."""
     if number is not None and number < 0:
@@ -440,6 +514,7 @@ COMMANDS: dict[str, cli.Command] = {
     "convert": convert,
     "info": info,
     "perplexity": perplexity,
+    "quantize": quantize,
     "reshard": reshard,
     "tokenize": tokenize,
     "verify": verify,

@@ -14,12 +14,13 @@ from typing import TypedDict
 
 import torch
 
-from llama.checkpoint import load, merge_adapter, open_checkpoint
+from llama.checkpoint import merge_adapter, open_checkpoint
 from llama.checkpoint.plan import check_memory
 from llama.engine import Engine, Event, Request
 from llama.llama2 import RefusedDialog, chat_format
 from llama.model import ModelArgs, RopeScaling, Transformer
 from llama.parallel import join, local_device
+from llama.quantization import Recipe, check_ranks, formats_of, load, recipes_for
 from llama.sampling import SamplingParams
 from llama.streaming import AnswerText, Piece, join_pieces, stop_strings
 from llama.templates import choose_format
@@ -65,6 +66,7 @@ class Llama:
         dtype: torch.dtype | str | None = None,
         rope_scaling: float | RopeScaling | None = None,
         adapter: str | Path | None = None,
+        quantize: Recipe | None = None,
         kernels: bool = True,
     ) -> "Llama":
         """Read a checkpoint into a model that is ready to answer.
@@ -86,6 +88,8 @@ class Llama:
                 bfloat16 where its weights are quantized.
             rope_scaling: factor (or RopeScaling) instead of the one that belongs to the model.
             adapter: folder of a LoRA adapter (PEFT's files), added to the weights as they are read.
+            quantize: "int8", "fp8", "int4" or "mixed", or formats by part of the model, see
+                llama/quantization/recipe.py; None: the weights as they are stored.
             kernels: on a single NVIDIA GPU of compute capability 8.0 or newer, run by this
                 library's kernels; False: by torch alone, as everywhere else.
 
@@ -105,12 +109,20 @@ class Llama:
         formatter = choose_format(tokenizer, checkpoint.chat_template)
         checkpoint = replace(checkpoint, args=args)
         kind = as_dtype(dtype) or checkpoint.dtype
+        formats = checkpoint.formats if quantize is None else formats_of(quantize, args)
         ranks = join(model_parallel_size, where)
         problem = None
         try:
-            check_memory(checkpoint, ranks, where, kind, chunk_rows(where))
+            check_ranks(formats, args, ranks.size)
+            chunk, smaller = chunk_rows(where), recipes_for(args)
+            check_memory(checkpoint, ranks, where, kind, chunk, formats, smaller)
             model = load(
-                checkpoint, ranks=ranks, device=where, dtype=kind, show_progress=ranks.is_main
+                checkpoint,
+                ranks=ranks,
+                device=where,
+                dtype=kind,
+                formats=formats,
+                show_progress=ranks.is_main,
             )
         except Exception as error:
             problem = error

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from fairscale.nn.model_parallel import layers as fairscale_layers
-from torch import nn
+from fairscale.nn.model_parallel import mappings
+from torch import Tensor, nn
 
 FOREVER = timedelta(days=365)
 BEAT = 1.0  # seconds between two signs of life
@@ -293,3 +294,13 @@ def embedding(rows: int, dim: int, ranks: Ranks) -> nn.Module:
     if ranks.size == 1:
         return Embedding(rows, dim)
     return VocabParallelEmbedding(rows, dim, ranks.rank)
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sum of every rank's tensor, on every rank: what follows a layer cut by columns."""
+    return mappings.reduce_from_model_parallel_region(parts)  # type: ignore[no-any-return]
+
+
+def gathered(parts: Tensor) -> Tensor:
+    """Every rank's tensor side by side, along the last dimension, on every rank."""
+    return mappings.gather_from_model_parallel_region(parts)  # type: ignore[no-any-return]

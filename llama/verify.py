@@ -52,7 +52,9 @@ def verify(ckpt_dir: str | Path) -> list[str]:
     for path in folder.iterdir():
         if path.suffix == ".part":
             problems[path.name] = f"{path} is unfinished; run the same download again to go on"
-        elif path.suffix == ".pth" and path.name not in listed:
+        elif (
+            path.suffix == ".pth" or path.name == "quantized.safetensors"
+        ) and path.name not in listed:
             problems[path.name] = f"{path} is in no checklist; remove it if it is of another model"
     return [problems[name] for name in sorted(problems)]
 

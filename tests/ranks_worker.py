@@ -57,6 +57,19 @@ def law(out, tokenizer, *folders):
     Path(out, f"rank{rank}.json").write_text(json.dumps(results))
 
 
+def quantized(out, tokenizer, folder, recipes):
+    """Answers with weights quantized while loading, and from folders that were before."""
+    rank, recipes = os.environ["RANK"], json.loads(recipes)
+    plain = Path(folder, "plain")
+    results = {
+        "loading": [answers(build(plain, tokenizer, quantize=recipe)) for recipe in recipes],
+        "stored": [
+            answers(build(Path(folder, f"packed{at}"), tokenizer)) for at in range(len(recipes))
+        ],
+    }
+    Path(out, f"rank{rank}.json").write_text(json.dumps(results))
+
+
 def mistakes(out, tokenizer, folder):
     """Bad input on all ranks, then good; then ranks that are asked different things."""
     llama = build(folder, tokenizer)

@@ -318,7 +318,7 @@ def test_reshard_that_is_interrupted_leaves_nothing(shell, folder, tmp_path, mon
     def fail(folder, advance):
         raise error
 
-    monkeypatch.setattr("llama.checkpoint.resharding._write_checklist", fail)
+    monkeypatch.setattr("llama.checkpoint.resharding.write_checklist", fail)
     assert shell("reshard", folder, tmp_path / "x", "--shards", 1)[0] != 0
     assert list(tmp_path.iterdir()) == []
 

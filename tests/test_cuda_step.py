@@ -7,14 +7,14 @@ from conftest import tiny_args, unit_scale
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from llama.cache import Batch  # noqa: E402
-from llama.cuda import attention, products  # noqa: E402
-from llama.cuda.step import CapturedStep, Row  # noqa: E402
-from llama.cuda.tuning import DecodeAttention as AttentionBlocks  # noqa: E402
-from llama.cuda.tuning import OneRow  # noqa: E402
-from llama.engine import Engine  # noqa: E402
-from llama.model import Transformer  # noqa: E402
-from llama.sampling import SamplingParams  # noqa: E402
+from llama.cache import Batch
+from llama.cuda import attention, products
+from llama.cuda.step import CapturedStep, Row
+from llama.cuda.tuning import DecodeAttention as AttentionBlocks
+from llama.cuda.tuning import OneRow
+from llama.engine import Engine
+from llama.model import Transformer
+from llama.sampling import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

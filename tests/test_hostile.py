@@ -783,6 +783,9 @@ OPTIONS = {
         ("two", "^--shards is 'two'; it must be a whole number$"),
         ("3", r"^shards=3: does not divide this model; these do: \[1, 2, 4"),
     ),
+    "quantize": (TEXT, ("int3", "^quantize='int3': use one of int8, fp8, int4, ")),
+    "against": (TEXT, ("nowhere", "^nowhere: there is no such folder$")),
+    "plot": (TEXT, ("nowhere/x.png", "^nowhere: there is no such folder$")),
     "dtype": (TEXT, ("int8", "^dtype='int8': use one of float32, bfloat16, float16$")),
     "model_parallel_size": (
         ("two", "^--model_parallel_size is 'two'; it must be a whole number$"),
@@ -801,7 +804,8 @@ def test_a_bad_argument_is_one_sentence_and_nothing_is_loaded(
 ):
     """A new option without an entry in OPTIONS fails here."""
     works = {"ckpt_dir": good[1], "src": good[1], "dst": tmp_path / "new", "shards": 2,
-             "text_file": ROOT / "README.md", "text": "Hello", "format": "meta"}  # fmt: skip
+             "text_file": ROOT / "README.md", "text": "Hello", "format": "meta",
+             "quantize": "int8"}  # fmt: skip
     for name in {option} | ({"text"} if option in ("file", "decode") else set()):
         works.pop(name, None)
     names = signature(PROGRAMS[program]).parameters

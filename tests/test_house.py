@@ -40,6 +40,7 @@ FLOORS = (
     {"generation"},
     {""},  # llama/__init__.py
     {"chat", "perplexity", "bench"},
+    {"comparison"},
     {"__main__", "server", "demo"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -324,6 +325,7 @@ BUILD = {
     "dtype": {"dtype": "float32"},
     "rope_scaling": {"rope_scaling": 4.0},
     "adapter": {"adapter": "a/adapter"},
+    "quantize": {"quantize": "int8"},
 }
 
 

@@ -25,7 +25,10 @@ from llama.checkpoint.hf_write import write_hf
 from llama.checkpoint.lora import Merged, merge_adapter
 from llama.checkpoint.meta import open_meta, write_meta
 from llama.checkpoint.names import groups, local_shape, local_slice
+from llama.checkpoint.packed import Format
 from llama.checkpoint.plan import Plan, check, check_memory, free_memory, make_plan
+from llama.checkpoint.quantized import FILE as QUANTIZED
+from llama.checkpoint.quantized import PackedTensor, open_quantized
 from llama.checkpoint.random import random_checkpoint
 from llama.checkpoint.resharding import reshard
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part, mapped_parts
@@ -36,8 +39,10 @@ from llama.progress import progress
 
 __all__ = [
     "Checkpoint",
+    "Format",
     "LazyTensor",
     "Part",
+    "Place",
     "Plan",
     "check",
     "check_memory",
@@ -57,6 +62,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _BLOCK = 2**26  # bytes that are copied at a time: what a cast on the way may hold in memory
+
+# Given a model on meta, names of parameters that belong together, and a function to be told bytes:
+# replaces their layers by ones that hold their values, or says that it does not
+Place = Callable[[Transformer, Sequence[str], Callable[[int], object]], bool]
 
 
 def open_checkpoint(
@@ -81,6 +90,8 @@ def open_checkpoint(
             f"{path} is a file; needed is a .gguf file, or the folder that holds params.json and "
             "consolidated.NN.pth"
         )
+    if os.path.lexists(path / QUANTIZED):
+        return open_quantized(path, overrides)
     meta = _find_meta(path)
     if meta is not None:
         return open_meta(meta, overrides)
@@ -135,12 +146,15 @@ def load(
     ranks: Ranks,
     device: torch.device | str,
     dtype: torch.dtype | None = None,
+    place: Place | None = None,
     show_progress: bool = False,
 ) -> Transformer:
     """The model of this rank on `device`, its weights in `dtype` (None: the checkpoint's own).
 
-    Never holds much more than the weights themselves: parts are copied from where they lie to where
-    they stay. Raises ValueError where the model cannot be cut into `ranks`.
+    `place` may put other layers in the place of some, as quantization does; what it leaves becomes
+    plain parameters, also what is stored packed. Never holds much more than the weights themselves:
+    parts are copied from where they lie to where they stay. Raises ValueError where the model
+    cannot be cut into `ranks`.
     """
     device = torch.device(device)
     wanted = _wanted_dtype(checkpoint, device, dtype)
@@ -155,13 +169,13 @@ def load(
     ):
         for group in groups(checkpoint.args):
             held = [name for name in group if name in checkpoint.tensors]  # tied: no output
-            if not held:
+            if not held or (place is not None and place(model, held, copier.advance)):
                 continue
             placed = _place(checkpoint, held, ranks, device, wanted, copier)
             for name, tensor in zip(held, placed, strict=True):
                 module = model.get_submodule(name.removesuffix(".weight"))
                 module.weight = nn.Parameter(tensor, requires_grad=False)
-    if checkpoint.args.tied:
+    if checkpoint.args.tied and model.output.weight.is_meta:
         model.output.weight = model.tok_embeddings.weight
     model.freqs = model.freqs.to(device)
     unplaced = [name for name, p in model.named_parameters() if p.is_meta]
@@ -176,7 +190,7 @@ def _wanted_dtype(
     wanted = checkpoint.dtype if dtype is None else dtype
     if not (isinstance(wanted, torch.dtype) and wanted.is_floating_point and wanted.itemsize > 1):
         raise ValueError(f"dtype={dtype!r}: use torch.bfloat16, torch.float16 or torch.float32")
-    stored = [t for t in checkpoint.tensors.values() if not isinstance(t, Merged)]
+    stored = [t for t in checkpoint.tensors.values() if not isinstance(t, (Merged, PackedTensor))]
     others = sorted({str(t.dtype) for t in stored} - {str(checkpoint.dtype)})
     if dtype is None and others and not checkpoint.stored:  # a mixture is what GGUF is
         logger.warning(

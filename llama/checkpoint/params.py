@@ -138,13 +138,18 @@ def make_args(params: dict[str, Any], file: Path) -> ModelArgs:
         raise ValueError(f"{file}: {error}") from error
 
 
-def params_of(args: ModelArgs) -> dict[str, Any]:
-    """params.json for `args`: Meta's keys, and ours only where they cannot be derived."""
+def params_of(args: ModelArgs, *, say_tied: bool = False) -> dict[str, Any]:
+    """params.json for `args`: Meta's keys, and ours only where they cannot be derived.
+
+    `say_tied` where the file of weights cannot say it by a storage that two names share.
+    """
     keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
             "ffn_dim_multiplier", "norm_eps", "rope_theta")  # fmt: skip
     params: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if args.ffn_dim_multiplier is None:
         del params["ffn_dim_multiplier"]
+    if args.tied and say_tied:
+        params["tied"] = True
     if args.use_scaled_rope:
         params["use_scaled_rope"] = True
     derived = ModelArgs(**complete(params, Path("params.json"), args.vocab_size))

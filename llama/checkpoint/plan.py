@@ -10,14 +10,15 @@ size of this rank, V vocabulary, L keys, b bytes of a number.
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 import torch
 
 from llama.checkpoint.names import local_shape, shapes
+from llama.checkpoint.packed import Format, local_format
 from llama.checkpoint.source import Checkpoint, mapped_parts
 from llama.model import ModelArgs
 from llama.parallel import Ranks
@@ -25,6 +26,7 @@ from llama.parallel import Ranks
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+Recipes = Mapping[str, Mapping[str, Format]]  # formats of matrices, by the name of a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +43,21 @@ class Plan:
     cache_dtype: torch.dtype
     mapped: bool  # the weights are mapped files
     device: str  # its type
+    formats: Mapping[str, Format] = field(default_factory=dict, repr=False)
 
     @property
     def weights(self) -> int:
         names = set(shapes(self.args)) - ({"output.weight"} if self.args.tied else set())
-        numbers = sum(prod(local_shape(name, self.args, self.ranks)) for name in names)
-        return numbers * self.dtype.itemsize
+        return sum(self._bytes(name) for name in names)
+
+    def _bytes(self, name: str) -> int:
+        """Of a rank's part of one tensor."""
+        shape, format = local_shape(name, self.args, self.ranks), self.formats.get(name)
+        if format is None:
+            return prod(shape) * self.dtype.itemsize
+        local = local_format(name, format, self.args, self.ranks)
+        assert local is not None, (name, format, self.ranks)
+        return local.nbytes(shape[0], shape[1])
 
     @property
     def cache_per_token(self) -> int:
@@ -146,12 +157,13 @@ def make_plan(
     cache_dtype: torch.dtype | None = None,
     mapped: bool = False,
     device: str = "cpu",
+    formats: Mapping[str, Format] | None = None,
 ) -> Plan:
     """The plan of one of `ranks`; max_seq_len=None is the model's context.
 
     chunk: the most rows of one forward pass; logits_rows: the most logits computed at once; mapped:
-    the weights stay in their files; device: its type. Raises ValueError where the model cannot be
-    cut so.
+    the weights stay in their files; device: its type; formats: of the matrices that are quantized.
+    Raises ValueError where the model cannot be cut so.
     """
     size = ranks if isinstance(ranks, int) else ranks.size
     if size not in args.rank_counts():
@@ -173,20 +185,24 @@ def make_plan(
         cache_dtype=cache_dtype or dtype,
         mapped=mapped,
         device=device,
+        formats=formats or {},
     )
 
 
-def check(plan: Plan, free: int, device: torch.device | str) -> None:
+def check(
+    plan: Plan, free: int, device: torch.device | str, recipes: Recipes | None = None
+) -> None:
     """Raise ValueError where `plan` needs more than the `free` bytes of `device`, naming what fits.
 
-    Warns where mapped weights will not stay in memory, and where a device's weights pass through a
-    host that has hardly any left.
+    `recipes` are quantizations that it may name, the finest first. Warns where mapped weights will
+    not stay in memory, and where a device's weights pass through a host that has hardly any left.
     """
     device = torch.device(device)
     if plan.needed > free:
         raise ValueError(
             f"not enough memory on {device}: max_batch_size={plan.max_batch_size} x max_seq_len="
             f"{plan.max_seq_len} needs {plan}, and {_gib(free)} are free; {_advice(plan, free)}"
+            f"{_quantized(plan, free, recipes or {})}"
         )
     if plan.total > free:
         logger.warning(
@@ -205,12 +221,16 @@ def check_memory(
     device: torch.device,
     dtype: torch.dtype,
     chunk: int,
+    formats: Mapping[str, Format] | None = None,
+    recipes: Recipes | None = None,
 ) -> Plan:
     """`check` for a checkpoint whose args hold the limits of the run, against what is free now.
 
-    The ranks of a CPU run are taken to share this machine's memory. Returns the plan.
+    `formats` of matrices that will be packed; None: those that are stored so. The ranks of a CPU
+    run are taken to share this machine's memory. Returns the plan.
     """
     args = checkpoint.args
+    chosen = checkpoint.formats if formats is None else formats
     plan = make_plan(
         args,
         dtype=dtype,
@@ -218,11 +238,37 @@ def check_memory(
         max_batch_size=args.max_batch_size,
         max_seq_len=args.max_seq_len,
         chunk=chunk,
-        mapped=mapped_parts(checkpoint, list(checkpoint.tensors), ranks, device, dtype) is not None,
+        mapped=is_mapped(checkpoint, ranks, device, dtype, chosen),
         device=device.type,
+        formats=chosen,
     )
-    check(plan, free_memory(device, ranks.size if device.type == "cpu" else 1), device)
+    check(plan, free_memory(device, ranks.size if device.type == "cpu" else 1), device, recipes)
     return plan
+
+
+def is_mapped(
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    formats: Mapping[str, Format],
+) -> bool:
+    """Whether all weights can stay in their files, as they lie there."""
+    packed = [name for name, format in formats.items() if checkpoint.formats.get(name) == format]
+    if len(packed) < len(formats) or (packed and ranks.size > 1):
+        return False
+    names = [name for name in checkpoint.tensors if name not in formats]
+    return mapped_parts(checkpoint, names, ranks, device, dtype) is not None
+
+
+def _quantized(plan: Plan, free: int, recipes: Recipes) -> str:
+    """What would fit as it was asked for, in other words: the first of `recipes` that would."""
+    for name, formats in recipes.items():
+        fits = all(local_format(n, f, plan.args, plan.ranks) for n, f in formats.items())
+        smaller = replace(plan, formats=formats, mapped=False) if fits else plan
+        if smaller.needed < plan.needed and smaller.needed <= free:
+            return f"; quantize={name!r} would fit, at {_gib(smaller.needed)}"
+    return ""
 
 
 def _advice(plan: Plan, free: int) -> str:

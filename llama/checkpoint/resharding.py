@@ -5,9 +5,10 @@ tensor. The surprising thing: everything is made in a folder DST.part, which get
 is whole, so a run that was interrupted can never be taken for one that was not.
 """
 
+import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -40,10 +41,27 @@ def reshard(
         ranks = path.read_bytes()
     elif isinstance(tokenizer := checkpoint.open_tokenizer(), Tokenizer):
         ranks = ranks_file(tokenizer)
-    dst = Path(dst)
-    part = _beside(dst)
     wanted = dtype or checkpoint.dtype
     size = checkpoint.parameters * wanted.itemsize
+    with new_folder(dst, size) as part:
+        with progress("writing", size, unit="B", enabled=show_progress) as advance:
+            write_meta(checkpoint, part, shards=shards, dtype=wanted, advance=advance)
+        if ranks is not None:
+            (part / "tokenizer.model").write_bytes(ranks)
+        with progress("checksums", size, unit="B", enabled=show_progress) as advance:
+            write_checklist(part, advance)
+    return Path(dst)
+
+
+@contextlib.contextmanager
+def new_folder(dst: str | Path, size: int) -> Iterator[Path]:
+    """A folder DST.part to write `size` bytes to; DST when the block ends well, gone otherwise.
+
+    Raises FileExistsError where one of the two is in use, and ValueError where the disk is too
+    full.
+    """
+    dst = Path(dst)
+    part = _beside(dst)
     existing = next(folder for folder in dst.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
@@ -52,17 +70,11 @@ def reshard(
         )
     part.mkdir(parents=True)
     try:
-        with progress("writing", size, unit="B", enabled=show_progress) as advance:
-            write_meta(checkpoint, part, shards=shards, dtype=wanted, advance=advance)
-        if ranks is not None:
-            (part / "tokenizer.model").write_bytes(ranks)
-        with progress("checksums", size, unit="B", enabled=show_progress) as advance:
-            _write_checklist(part, advance)
+        yield part
         part.rename(dst)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return dst
 
 
 def _beside(dst: Path) -> Path:
@@ -78,7 +90,7 @@ def _beside(dst: Path) -> Path:
     return part
 
 
-def _write_checklist(folder: Path, advance: Callable[[int], object]) -> None:
+def write_checklist(folder: Path, advance: Callable[[int], object]) -> None:
     """checklist.chk in the format of md5sum, as Meta's downloads have it."""
     lines = []
     for file in sorted(folder.iterdir()):

@@ -26,7 +26,8 @@ _SIZES = {
     "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
 }  # fmt: skip
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PACKED = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
+_NAMES = {dtype: name for name, dtype in (_DTYPES | _PACKED).items()}
 
 
 class Entry(NamedTuple):
@@ -81,6 +82,16 @@ def open_file(file: Path) -> tuple[Tensor, dict[str, Entry]]:
 
 def read_header(file: Path) -> dict[str, Entry]:
     """What lies where in a file, in its order; every rule of the format checked."""
+    return _read_header(file)[0]
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """What a file says beside its tensors: texts by name, which are not looked at."""
+    said = _read_header(file)[1]
+    return said if isinstance(said, dict) else {}
+
+
+def _read_header(file: Path) -> tuple[dict[str, Entry], object]:
     try:
         if not file.is_file():
             raise ValueError(f"{file}: is not a file")
@@ -96,9 +107,9 @@ def read_header(file: Path) -> dict[str, Entry]:
         if not text.startswith(b"{"):
             raise ValueError("it does not begin with {")
         header = parse_object(text.decode())
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         entries = {name: _entry(name, said, 8 + length) for name, said in header.items()}
-        return _in_order(entries, 8 + length, size)
+        return _in_order(entries, 8 + length, size), metadata
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: its header is broken: {error}") from error
 
@@ -169,6 +180,18 @@ def stored(name: str, data: Tensor, entry: Entry, file: Path) -> Stored:
     return Stored(data, entry)
 
 
+def viewed(name: str, data: Tensor, entry: Entry, file: Path) -> Tensor:
+    """One tensor of a file, also of packed weights, as a view; a copy where it lies unaligned."""
+    dtype = (_DTYPES | _PACKED).get(entry.dtype)
+    if dtype is None:
+        known = ", ".join(_DTYPES | _PACKED)
+        raise ValueError(f"{file}: {name:.80} is {entry.dtype}; these are read: {known}")
+    piece = data[entry.start : entry.stop]
+    if piece.data_ptr() % dtype.itemsize:
+        piece = piece.clone()
+    return piece.view(dtype).view(entry.shape)
+
+
 # --- writing --------------------------------------------------------------------------------------
 
 
@@ -179,22 +202,31 @@ def write_file(
     advance: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Write tensors, cast to `dtype`, one at a time in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, source in tensors.items():
-        size = prod(source.shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(source.shape),
-            "data_offsets": [at, at + size],
-        }
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    laid = {name: (source.shape, dtype) for name, source in tensors.items()}
+    text = header_of(laid, {"format": "pt"})
     with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(text)
         for name, source in tensors.items():
             for block in rows_of(source):
                 raw = cast(name, block, dtype)
                 stream.write(raw.numpy().data)
                 advance(raw.nbytes)
+
+
+def header_of(
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+) -> bytes:
+    """The first bytes of a file of tensors, given as shape and dtype, in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, (shape, dtype) in tensors.items():
+        size = prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.names import local_shape, local_slice, shapes
+from llama.checkpoint.packed import Format
 from llama.checkpoint.params import SENTENCEPIECE
 from llama.llama2 import open_tokenizer
 from llama.model import ModelArgs
@@ -118,7 +119,8 @@ class Checkpoint:
     opened, None for random weights; `shards` the number of files; `dtype` that of the weights.
     `stop_token_ids` and `chat_template` (in jinja) are what the files say beside the tokenizer's.
     Where a format has types of its own, `stored` says which these are; where it brings a tokenizer
-    along, `tokenizer` makes it.
+    along, `tokenizer` makes it. `formats` are those of matrices that are stored packed, and are to
+    be run so.
     """
 
     args: ModelArgs
@@ -132,6 +134,7 @@ class Checkpoint:
     chat_template: str | None = field(default=None, repr=False)
     stored: str = ""
     tokenizer: Callable[[], TextTokenizer] | None = None
+    formats: Mapping[str, Format] = field(default_factory=dict, repr=False)
 
     @property
     def parameters(self) -> int:

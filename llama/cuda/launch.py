@@ -49,4 +49,3 @@ def overlap(device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a launch: overlapped with its predecessor where the GPU can do that."""
     can = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"OVERLAP": True, "launch_pdl": True} if can else {"OVERLAP": False}
-

@@ -273,7 +273,7 @@ class Products:
     def reserve(self, outputs: int, blocks: SomeRows) -> int:
         """Have scratch for such a product; the tiles that it has. A captured product keeps the
         addresses it was given, so what is captured must be reserved before."""
-        tiles = triton.cdiv(outputs, blocks.block_n)
+        tiles = -(-outputs // blocks.block_n)
         numbers = tiles * blocks.split * blocks.block_n * blocks.padded if blocks.split > 1 else 0
         if self.partial.numel() < numbers:
             self.partial = self.partial.new_empty(numbers)

@@ -9,7 +9,7 @@ Letters: R rows, V vocabulary, K alternatives.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,13 +55,13 @@ class Shifts:
             self.counts.index_put_((where[0], where[1]), one, accumulate=True)
 
     def _allocate(self) -> None:
-        max_rows, vocab = self.shape
+        max_rows = self.shape[0]
         like = RowParams.from_params([SamplingParams()] * max_rows, [0] * max_rows, self.device)
-        flags = {f.name: True for f in fields(RowParams) if f.type == "bool"}
+        every = dict.fromkeys(FLAGS, True)
         self.counts, self.shift = (torch.zeros(self.shape, device=self.device) for _ in range(2))
-        self.rows = replace(like, shift=self.shift, **flags)
-        self.top_ids = torch.zeros(self.shape[:1] + (1,), dtype=torch.int64, device=self.device)
-        self.tops = torch.zeros(self.shape[:1] + (1,), device=self.device)
+        self.rows = replace(like, shift=self.shift, **every)  # type: ignore[arg-type]
+        self.top_ids = torch.zeros(max_rows, 1, dtype=torch.int64, device=self.device)
+        self.tops = torch.zeros(max_rows, 1, device=self.device)
 
     def reserve(self, top: int) -> bool:
         """Room for `top` alternatives a row; whether that made `top_ids` and `tops` new ones."""
@@ -96,3 +96,4 @@ class Shifts:
 
 TENSORS = ("temperature", "greedy", "min_p", "presence_penalty", "frequency_penalty", "top_p",
            "top_k", "seed")  # fmt: skip
+FLAGS = ("any_greedy", "any_sampled", "any_top_k", "any_top_p", "any_min_p", "penalised")

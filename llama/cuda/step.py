@@ -227,7 +227,7 @@ class CapturedStep:
                 torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
                 for t in found
             ]
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         else:
             found = [t.clone() for t in found]
@@ -293,7 +293,7 @@ class CapturedStep:
         """Embedding, layers, choice, and what the next step starts from."""
         s, n, model = self.scratch, rows, self.forward.model
         size = model.params.head_dim // 2
-        table = model.tok_embeddings.weight
+        table = model.tok_embeddings.get_parameter("weight")
         _begin[(n,)](
             self.tokens, self.positions, self.slots, table, model.freqs, s.x, s.cos, s.sin,
             s.places, self.cache.max_seq_len, D=table.shape[1], HALF=size,

@@ -5,7 +5,6 @@ Knows numbers only. `benchmarks/NOTES.md` says how they were measured.
 
 from typing import NamedTuple
 
-
 MOST_ROWS = 32  # of our products; from there on torch's are as fast
 
 
@@ -51,7 +50,9 @@ def some_rows_blocks(rows: int, outputs: int, inputs: int) -> SomeRows:
     tiles = -(-outputs // 64)
     split = 1 if tiles >= 200 or inputs < 2048 else 2 if tiles >= 64 else 4
     stages = 4 if tiles >= 200 else 6 if tiles <= 64 else 3
-    return SomeRows(padded, 64, min(128, power_of_two(inputs)), split, min(stages, 384 // padded), 4)
+    return SomeRows(
+        padded, 64, min(128, power_of_two(inputs)), split, min(stages, 384 // padded), 4
+    )
 
 
 class DecodeAttention(NamedTuple):
