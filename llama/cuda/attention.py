@@ -145,7 +145,8 @@ class DecodeAttention:
         longest, kv_heads = k.shape[1:3]
         programs, block, stages, warps, ahead = decode_attention_blocks(rows, kv_heads, long)
         _attend[(programs + rows, kv_heads)](
-            q, q.stride(0), k, v, slots, lengths, out, self.sums, self.tops, self.arrived, rows, longest,
+            q, q.stride(0), k, v, slots, lengths, out,
+            self.sums, self.tops, self.arrived, rows, longest,
             size**-0.5 * 1.4426950408889634,  # times log2(e): scores are exponents of 2
             KV_HEADS=kv_heads, G=heads // kv_heads, E=size,
             G_PAD=max(16, power_of_two(heads // kv_heads)), R_PAD=max(2, power_of_two(rows)),

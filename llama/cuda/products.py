@@ -165,8 +165,8 @@ def _there(real, c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ign
 def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     x, w, rows, n_outputs, out, partial, arrived, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
     K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, E: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, EPILOGUE: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of RP rows over a SPLIT-th of the inputs; the last one to come adds up.
 

@@ -20,8 +20,8 @@ class OneRow(NamedTuple):
 
 
 class SomeRows(NamedTuple):
-    """Rows as the tensor cores see them, the tile, programs that share a sum, stages, warps, whether
-    the next kernel may begin only near the end."""
+    """Rows as the tensor cores see them, the tile, programs that share a sum, stages, warps,
+    whether the next kernel may begin only near the end."""
 
     padded: int
     block_n: int
