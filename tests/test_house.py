@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from graphlib import TopologicalSorter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import BYTES_VOCAB, tiny_args, write_adapter, write_tokenizer
 import llama as package
 from llama import Llama, SamplingParams
 from llama.checkpoint import random_checkpoint, write_meta
+from llama.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {
@@ -326,23 +328,27 @@ BUILD = {
     "rope_scaling": {"rope_scaling": 4.0},
     "adapter": {"adapter": "a/adapter"},
     "quantize": {"quantize": "int8"},
+    "kernels": {"kernels": False},
 }
 
 
 def build_outcome(folders, changes):
-    """What a build can be told from: its answers, its limits, its dtype, or its error."""
+    """What a build can be told from: its answers, its limits, its dtype, whether it went for the
+    kernels (which find no GPU here), or its error."""
     names = {"ckpt_dir": "a"} | changes
     for key in {"ckpt_dir", "tokenizer_path", "adapter"} & set(names):
         name, _, file = names[key].partition("/")
         names[key] = folders[name] / file
     try:
-        built = Llama.build(**names)
+        with mock.patch.object(Engine, "_use_kernels") as use_kernels:
+            built = Llama.build(**names)
     except ValueError as error:
         return str(error)
     ids = built.tokenizer.encode("Hello", bos=True, eos=False)
     scores = built.generate([ids], 0, logprobs=True, echo=True)
     sampled = built.generate([ids], 8, 1.0, 1.0)
-    return scores, sampled, built.engine.cache.k.shape, built.model.norm.weight.dtype
+    dtype = built.model.norm.weight.dtype
+    return scores, sampled, built.engine.cache.k.shape, dtype, use_kernels.called
 
 
 @pytest.mark.parametrize("name", inspect.signature(Llama.build).parameters)
