@@ -32,13 +32,14 @@ from llama.checkpoint import reshard as write_shards
 from llama.checkpoint.plan import is_mapped
 from llama.comparison import check_plot, compare_all, table
 from llama.comparison import plot as draw
-from llama.generation import Llama, as_dtype, chunk_rows, with_limits
+from llama.generation import Llama
 from llama.llama2 import open_tokenizer
 from llama.model import RopeScaling
 from llama.parallel import Ranks, local_device
 from llama.perplexity import check_window, default_window, score
 from llama.quantization import check_ranks, formats_of, recipes_for, write_quantized
 from llama.sampling import SamplingParams
+from llama.settings import as_dtype, chunk_rows, with_limits
 from llama.tokenizer import TextTokenizer
 from llama.verify import verify as find_problems
 

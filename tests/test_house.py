@@ -31,7 +31,7 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 FLOORS = (
     {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json", "terminal"},
     {"model", "tokenizer", "verify", "sandbox"},
-    {"streaming", "tokenizer_json"},
+    {"streaming", "tokenizer_json", "settings"},
     {"llama2"},
     {"templates"},
     {"conversation"},
