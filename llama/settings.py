@@ -58,6 +58,11 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return (known | short)[str(dtype)]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `as_dtype` takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def chunk_rows(device: torch.device) -> int:
     """Tokens of a step at most: enough to fill a GPU; fewer on a CPU, where they take seconds."""
     return 4096 if device.type == "cuda" else 2048
