@@ -1,261 +1,211 @@
-"""Measures what llama/cuda/tuning.py holds: every kernel with every block that could be good.
+"""Measures what llama/cuda/tuning.py holds: blocks for each kernel, by the time of a whole step.
 
-    python benchmarks/tune.py --rows 1,32 --shape 8B
+    python benchmarks/tune.py --shape 8B --rows 1
+    python benchmarks/tune.py --shape 8B --rows 8,32,64 --only attention --contexts 128,8000
 
-Each product runs in a chain of launches over copies of its weight that are larger together than
-the L2 cache, captured as a graph, as it does in a step. Prints GB/s of weights (of keys and values
-for attention), the best first, beside torch's own product. Needs one NVIDIA GPU; candidates are
-compiled by as many processes as there are cores, which need none.
+Why in the step: a launch in a chain of its own kind misleads. There its code stays in caches from
+which the kernels of a layer drive each other, and it never waits for, or begins before, the kernel
+that comes before it in a layer. So this captures CapturedStep on a model of 8 layers with random
+weights, tries each candidate of one kernel while all others stay as they are, times replays of the
+graph, and keeps the best before it goes on to the next kernel. Everything else of the step stays
+at its place in memory. Prints microseconds a step, the best first, with what the table says now;
+at the end our products beside torch's, which begin above tuning.MOST_ROWS.
+
+Needs one NVIDIA GPU. Triton compiles each candidate once, about a second, into its cache on disk:
+`--only` and `--rows` divide a long run.
 """
 
 import itertools
-import multiprocessing
-import os
-import statistics
-import time
+from collections.abc import Sequence
 
 import fire
 import torch
 
-from llama.bench import SHAPES
-from llama.cuda import attention, launch, products, tuning
+from llama.bench import SHAPES, VOCAB
+from llama.checkpoint import load, random_checkpoint
+from llama.cuda import attention, launch, products, step, tuning
 from llama.model import ModelArgs
+from llama.parallel import ONE
+from llama.sampling import SamplingParams
 
-L2 = 3 * 10**8  # bytes that a chain of launches reads before it comes back to the first weight
-DTYPE = torch.bfloat16
+LAYERS = 8
+WINDOWS, STEPS = 5, 10  # the best of so many windows of so many steps
+KEYS = 400_000  # of all rows in one layer's cache; more is left out
+NAMES = ("qkv", "wo", "w13", "w2", "output", "attention")
+GREEDY = SamplingParams(temperature=0)
+
+Shape = tuple[int, int]  # outputs, inputs
+Blocks = tuning.OneRow | tuning.SomeRows | tuning.DecodeAttention
 
 
-def weights_of(args: ModelArgs) -> dict[str, tuple[int, int, int, bool]]:
-    """Of each product outputs, inputs, epilogue, and whether a norm comes before."""
-    size = args.head_dim
-    queries, keys = args.n_heads * size, args.n_kv_heads * size
+def product_shapes(args: ModelArgs) -> dict[str, Shape]:
+    queries, keys = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     return {
-        "qkv": (queries + 2 * keys, args.dim, products.ROTATE.value, True),
-        "wo": (args.dim, queries, products.ADD.value, False),
-        "w13": (2 * args.hidden_dim, args.dim, products.GATE.value, True),
-        "w2": (args.dim, args.hidden_dim, products.ADD.value, False),
-        "output": (args.vocab_size, args.dim, products.STORE.value, True),
+        "qkv": (queries + 2 * keys, args.dim),
+        "wo": (args.dim, queries),
+        "w13": (2 * args.hidden_dim, args.dim),
+        "w2": (args.dim, args.hidden_dim),
+        "output": (args.vocab_size, args.dim),
     }
 
 
-def candidates(rows: int, outputs: int, inputs: int) -> list[tuple]:
-    """Blocks to try for a product."""
+def product_blocks(rows: int, shape: Shape) -> Blocks:
+    """What the table says now."""
+    return tuning.one_row_blocks(*shape) if rows == 1 else tuning.some_rows_blocks(rows, *shape)
+
+
+def product_candidates(rows: int, shape: Shape) -> list[Blocks]:
+    outputs, inputs = shape
     if rows == 1:
-        tiles = [(2, 1024, 4), (4, 1024, 4), (2, 2048, 4), (4, 2048, 8), (2, 2048, 8), (4, 512, 4),
-                 (4, 1024, 8)]  # fmt: skip
+        tiles = [(4, 512, 4), (2, 1024, 4), (4, 1024, 4), (8, 512, 4), (2, 512, 2), (8, 256, 4),
+                 (2, 2048, 4), (4, 512, 2), (4, 256, 2)]  # fmt: skip
         return [
-            tuning.OneRow(*tile, each, ahead, fetch)
-            for tile, each, ahead, fetch in itertools.product(tiles, (1, 2, 3, 4), (2, 4), (0, 1))
+            tuning.OneRow(*tile, ahead, late)
+            for tile, ahead, late in itertools.product(tiles, (1, 2), (False, True))
             if ahead * tile[1] <= inputs
         ]
     padded = max(16, tuning.power_of_two(rows))
-    tiles = [(64, 64), (64, 128), (64, 256), (128, 128)]
-    found = []
-    for (n, k), split, stages in itertools.product(tiles, (1, 2, 4, 8), (3, 4, 6)):
+    found: list[Blocks] = []
+    tiles = [(64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 64, 8), (128, 128, 8)]
+    for (n, k, warps), split, stages in itertools.product(tiles, (1, 2, 4, 8), (3, 4, 6)):
         programs = -(-outputs // n) * split
         memory = stages * (n + padded) * k * 2
-        if 100 <= programs <= (1200 if outputs < 10**5 else 10**5) and 49152 <= memory <= 220000:
-            if split == 1 or inputs // split >= 4 * k:
-                for fetch in (0, 2048):
-                    warps = 8 if n == 128 else 4
-                    found += [tuning.SomeRows(padded, n, k, split, stages, warps, fetch)]
+        enough = split == 1 or (programs <= 1200 and inputs >= 4 * k * split)
+        if programs >= 100 and enough and 48 * 1024 <= memory <= 220_000:
+            found += [
+                tuning.SomeRows(padded, n, k, split, stages, warps, late) for late in (False, True)
+            ]
     return found
 
 
-class Case:
-    """One product of a shape at a number of rows, with all that its launch needs."""
-
-    def __init__(self, args: ModelArgs, name: str, rows: int, device: str) -> None:
-        outputs, inputs, self.epilogue, norm = weights_of(args)[name]
-        like = dict(dtype=DTYPE, device=device)
-        copies = 1 if device == "meta" else max(2, -(-L2 // (2 * outputs * inputs)))
-        self.size = 2 * outputs * inputs
-        make = torch.empty if device == "meta" else torch.randn
-        scale = inputs**-0.5
-        self.weights = [make((outputs, inputs), **like).mul_(scale) for _ in range(copies)]
-        self.x = make((rows, inputs), **like)
-        self.norm = (torch.ones(inputs, **like), 1e-5) if norm and rows == 1 else None
-        self.rotation = None
-        width = outputs // (2 if self.epilogue == products.GATE.value else 1)
-        self.out = torch.zeros(
-            (rows, width), device=device,
-            dtype=torch.float32 if self.epilogue == products.STORE.value else DTYPE,
-        )  # fmt: skip
-        if self.epilogue == products.ROTATE.value:
-            heads, kv, size = args.n_heads, args.n_kv_heads, args.head_dim
-            turn = torch.randn((rows, size // 2), device=device)
-            slots = torch.arange(rows, dtype=torch.int32, device=device)
-            cache = torch.zeros((rows, 64, kv, size), **like)
-            self.rotation = products.Rotation(turn, turn, slots, slots % 64, cache, cache)
-            self.out = torch.zeros((rows, heads, size), **like)
-        self.launch = products.Products(torch.device(device))
-
-    def run(self, blocks: tuple) -> None:
-        for weight in self.weights:
-            self.launch(
-                self.x, weight, self.out, self.epilogue, norm=self.norm, rotation=self.rotation,
-                blocks=blocks,
-            )  # fmt: skip
-
-    def library(self) -> None:
-        for weight in self.weights:
-            torch.mm(self.x, weight.t())
+def attention_candidates(rows: int, kv_heads: int) -> list[tuning.DecodeAttention]:
+    shares = (8, 16, 32, 64) if rows <= 16 else (32, 64, 128, 256)
+    each = itertools.product(shares, ((32, 2), (64, 2), (64, 3), (64, 4), (128, 2), (128, 3)))
+    return [
+        tuning.DecodeAttention(programs * 8 // kv_heads or 1, block, stages, warps)
+        for (programs, (block, stages)), warps in itertools.product(each, (4, 8))
+    ]
 
 
-def captured_seconds(run, launches: int) -> float:
-    """Median seconds of one launch of `run`, which makes so many, as a graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(4):
-            run()
-    times = []
-    for turn in range(7):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times += [start.elapsed_time(stop) / 1e3] if turn > 1 else []
-    return statistics.median(times) / (4 * launches)
+class Step:
+    """The captured step of `rows` rows. `blocks` is what its kernels get: those of a product by its
+    shape, those of attention by that name."""
+
+    def __init__(self, args: ModelArgs, rows: int, device: str) -> None:
+        self.rows = rows
+        self.blocks: dict[Shape | str, Blocks] = {
+            shape: product_blocks(rows, shape) for shape in product_shapes(args).values()
+        }
+        # scratch is made for the most programs that attention will be given
+        every = attention_candidates(rows, args.n_kv_heads)
+        self.blocks["attention"] = max(every, key=lambda blocks: blocks.programs)
+        products.one_row_blocks = lambda outputs, inputs, *_: self.blocks[outputs, inputs]
+        for module in (products, step):
+            module.some_rows_blocks = lambda _, *shape: self.blocks[shape[:2]]
+        attention.decode_attention_blocks = lambda *_: self.blocks["attention"]
+        step.MOST_ROWS = rows
+        source = random_checkpoint(args, dtype=torch.bfloat16, device=device)
+        model = load(source, ranks=ONE, device=device)
+        cache = model.new_cache(rows, args.max_seq_len)
+        cache.k.normal_()
+        cache.v.normal_()
+        self.step = step.CapturedStep(model, cache, rows)
+
+    def microseconds(self, context: int) -> float:
+        """Of a step whose rows have `context` keys each."""
+        self.step.graphs.clear()
+        self.load(context)
+        self.step.launch()
+        self.step.read()
+        (graph,) = self.step.graphs.values()
+        times = []
+        for _ in range(WINDOWS):
+            self.load(context)
+            torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(STEPS):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / STEPS)
+        return min(times)
+
+    def load(self, context: int) -> None:
+        limit = context + 2 * STEPS
+        rows = [step.Row(5, context, i, (), limit, 0, GREEDY, ()) for i in range(self.rows)]
+        self.step.load(rows)
+
+    def sweep(
+        self, title: str, key: Shape | str, candidates: Sequence[Blocks], context: int, best: int
+    ) -> None:
+        """Give the kernels of `key` the fastest of the candidates and of what they have; print the
+        `best` of them."""
+        now = self.blocks[key]
+        found: list[tuple[float, Blocks]] = []
+        for blocks in dict.fromkeys([now, *candidates]):
+            self.blocks[key] = blocks
+            try:
+                found.append((self.microseconds(context), blocks))
+            except Exception as error:  # one that does not fit the GPU says so in many ways
+                print(f"    {tuple(blocks)}: {error!s:.80}")
+        found.sort()
+        print(f"{title}, context {context}, {len(found)} candidates")
+        for rank, (time, blocks) in enumerate(found):
+            if rank < best or blocks == now:
+                note = "  now" if blocks == now else ""
+                print(f"    {time:8.1f} us  {tuple(blocks)}{note}", flush=True)
+        self.blocks[key] = found[0][1]
 
 
-class NoGpu:
-    """A driver that compiles for a GPU which is not there."""
+def tune(
+    args: ModelArgs,
+    rows: int,
+    only: Sequence[str],
+    contexts: Sequence[int],
+    best: int,
+    device: str = "cuda",
+) -> None:
+    """Every kernel of the step of so many rows, products at the first context."""
+    tried = Step(args, rows, device)
+    print(f"{rows} rows, {args.n_layers} layers", flush=True)
 
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
+    def table_of_attention(context: int) -> None:
+        now = tuning.decode_attention_blocks(rows, args.n_kv_heads, context >= tuning.LONG)
+        tried.blocks["attention"] = now
 
-        return GPUTarget("cuda", *TARGET)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
-TARGET = (90, 32)
-
-
-def compile_one(job: tuple) -> str | None:
-    """Compile one candidate into Triton's cache, in a process that never touches the GPU."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    shape, name, rows, blocks = job
-    driver.set_active(NoGpu())
-    products.processors = lambda device: 132
-    products.overlap = attention.overlap = lambda device: {"OVERLAP": True, "launch_pdl": True}
-    run = JITFunction.run
-    if run.__name__ == "run":
-
-        def only(self, *args, grid, warmup, **kwargs):
-            return run(self, *args, grid=grid, warmup=True, **kwargs)
-
-        JITFunction.run = only
-    try:
-        if name == "attention":
-            attend(shape, rows, 64, blocks, "meta")[0]()
-        else:
-            Case(ModelArgs(**SHAPES[shape], vocab_size=128256), name, rows, "meta").run(blocks)
-    except Exception as error:
-        return f"{name} {rows} {blocks}: {type(error).__name__} {str(error)[:100]}"
-    return None
-
-
-def attend(shape: str, rows: int, context: int, blocks: tuple, device: str):
-    """A function that attends once in each of some layers, its layers and its bytes a layer."""
-    args = ModelArgs(**SHAPES[shape], vocab_size=128256)
-    tuning_of = tuning.DecodeAttention(*blocks)
-    attention.decode_attention_blocks = lambda *_: tuning_of
-    h, kv, e = args.n_heads, args.n_kv_heads, args.head_dim
-    bytes_ = 2 * rows * context * kv * e * 2
-    layers = 1 if device == "meta" else max(1, min(32, -(-L2 // bytes_)))
-    like = dict(dtype=DTYPE, device=device)
-    make = torch.empty if device == "meta" else torch.randn
-    k, v = (make((layers, rows, context, kv, e), **like) for _ in range(2))
-    q, out = make((rows, h, e), **like), torch.zeros((rows, h, e), **like)
-    slots = torch.arange(rows, dtype=torch.int32, device=device)
-    lengths = torch.full_like(slots, context)
-    kernel = attention.DecodeAttention(rows, h, kv, e, torch.device(device))
-
-    def run() -> None:
-        for layer in range(layers):
-            kernel(q, k[layer], v[layer], slots, lengths, out)
-
-    return run, layers, bytes_
-
-
-def attention_candidates(rows: int, kv_heads: int) -> list[tuple]:
-    every = itertools.product(
-        (128, 256, 512, 2048) if rows < 64 else (512, 2048, 4096), (64, 128, 256), (2, 3), (4, 8),
-        (128, 512),
-    )  # fmt: skip
-    found = [tuning.DecodeAttention(p // kv_heads, *rest) for p, *rest in every]
-    return [f for f in found if f.block * f.stages <= 400]
+    table_of_attention(contexts[0])
+    for name, shape in product_shapes(args).items():
+        if name in only:
+            tried.sweep(name, shape, product_candidates(rows, shape), contexts[0], best)
+    for context in contexts:
+        table_of_attention(context)
+        if "attention" in only:
+            every = attention_candidates(rows, args.n_kv_heads)
+            tried.sweep("attention", "attention", every, context, best)
+        print(f"all the best, context {context}: {tried.microseconds(context):.1f} us")
+        if rows > 1:
+            step.MOST_ROWS = 0
+            print(f"  but torch's products: {tried.microseconds(context):.1f} us", flush=True)
+            step.MOST_ROWS = rows
 
 
 def main(
     shape: str = "8B",
-    rows: tuple = (1, 8, 32, 64, 128),
-    only: tuple = ("qkv", "wo", "w13", "w2", "output", "attention"),
-    contexts: tuple = (128, 1024, 8000),
+    rows: int | tuple[int, ...] = (1, 8, 32, 64),
+    only: str | tuple[str, ...] = NAMES,
+    contexts: int | tuple[int, ...] = (128, 8000),
     best: int = 6,
-    processes: int | None = None,
 ) -> None:
-    """Print a table; see the top of the file."""
-    args = ModelArgs(**SHAPES[shape], vocab_size=128256)
-    rows, only, contexts = ((x,) if isinstance(x, int | str) else x for x in (rows, only, contexts))
-    jobs = []
-    for count, name in itertools.product(rows, only):
-        if name == "attention":
-            every = attention_candidates(count, args.n_kv_heads)
-            jobs += [(shape, name, count, f) for f in every]
-        else:
-            outputs, inputs = weights_of(args)[name][:2]
-            jobs += [(shape, name, count, b) for b in candidates(count, outputs, inputs)]
-    began = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
-        problems = [p for p in pool.imap_unordered(compile_one, jobs, 4) if p]
-    print(f"{len(jobs)} candidates compiled in {time.perf_counter() - began:.0f} s", *problems[:9],
-          sep="\n")  # fmt: skip
-    if not torch.cuda.is_available():
-        return
-    for count, name in itertools.product(rows, only):
-        if name == "attention":
-            for context in contexts:
-                if count * context > 300_000:
-                    continue
-                results = []
-                for blocks in attention_candidates(count, args.n_kv_heads):
-                    run, layers, size = attend(shape, count, context, blocks, "cuda")
-                    results.append((size / captured_seconds(run, layers) / 1e9, tuple(blocks)))
-                show(f"attention, {count} rows x {context}", results, best)
-            continue
-        case = Case(args, name, count, "cuda")
-        results = []
-        for blocks in candidates(count, *weights_of(args)[name][:2]):
-            try:
-                seconds = captured_seconds(lambda b=blocks: case.run(b), len(case.weights))
-            except Exception as error:
-                print(name, count, blocks, type(error).__name__, str(error)[:80])
-                torch.cuda.synchronize()
-                continue
-            results.append((case.size / seconds / 1e9, tuple(blocks)))
-        seconds = captured_seconds(case.library, len(case.weights))
-        results.append((case.size / seconds / 1e9, "torch"))
-        show(f"{name}, {count} rows", results, best)
-        del case
-
-
-def show(title: str, results: list, best: int) -> None:
-    results.sort(key=lambda r: -r[0])
-    print(title)
-    for rank, (speed, blocks) in enumerate(results):
-        if rank < best or blocks == "torch":
-            print(f"    {speed:7.0f} GB/s  {blocks}")
+    """Print the times of the best candidates; see the top of the file."""
+    counts = (rows,) if isinstance(rows, int) else rows
+    names = (only,) if isinstance(only, str) else only
+    lengths = (contexts,) if isinstance(contexts, int) else contexts
+    for count in counts:
+        some = [length for length in lengths if length * count <= KEYS] or [min(lengths)]
+        changes = dict(n_layers=LAYERS, max_seq_len=max(some) + 4 * STEPS, max_batch_size=count)
+        args = ModelArgs(vocab_size=VOCAB, **SHAPES[shape] | changes)
+        tune(args, count, names, some, best)
 
 
 if __name__ == "__main__":

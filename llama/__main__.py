@@ -1,44 +1,34 @@
 """`python -m llama COMMAND ...`: one function a command, through fire.
 
 Refuses to know how anything is done: a command asks the rooms below and prints what they say. The
-surprising thing: `info` reads no weights and touches no GPU, so it answers at once for any model,
-also for one that this machine could never hold.
+surprising thing: its options, and what `--help` says of them, are the functions' own signatures and
+docstrings.
 """
 
 import json as json_format
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from llama import bench as benching
 from llama import chat as talking
 from llama import cli
-from llama.checkpoint import (
-    Checkpoint,
-    Format,
-    check,
-    free_memory,
-    make_plan,
-    merge_adapter,
-    open_checkpoint,
-)
 from llama.checkpoint import convert as write_format
+from llama.checkpoint import merge_adapter, open_checkpoint
 from llama.checkpoint import reshard as write_shards
-from llama.checkpoint.plan import is_mapped
 from llama.comparison import check_plot, compare_all, table
 from llama.comparison import plot as draw
-from llama.generation import Llama, as_dtype, chunk_rows, with_limits
+from llama.generation import Llama
+from llama.inspection import inspect
 from llama.llama2 import open_tokenizer
-from llama.model import RopeScaling
-from llama.parallel import Ranks, local_device
+from llama.parallel import local_device
 from llama.perplexity import check_window, default_window, score
-from llama.quantization import check_ranks, formats_of, recipes_for, write_quantized
+from llama.quantization import formats_of, write_quantized
 from llama.sampling import SamplingParams
+from llama.settings import as_dtype, chunk_rows, dtype_name
 from llama.tokenizer import TextTokenizer
 from llama.verify import verify as find_problems
 
@@ -63,82 +53,15 @@ def info(
         model_parallel_size: processes that share the model.
         quantize: int8, fp8, int4, mixed, or formats by part of the model; as stored by default.
     """
-    checkpoint = open_checkpoint(ckpt_dir)
-    formats = checkpoint.formats if quantize is None else formats_of(quantize, checkpoint.args)
-    kind = as_dtype(dtype) or checkpoint.dtype
-    args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
-    if model_parallel_size not in args.rank_counts():
-        raise ValueError(
-            f"model_parallel_size={model_parallel_size}: these numbers of ranks can share this "
-            f"model: {args.rank_counts()}"
-        )
-    check_ranks(formats, args, model_parallel_size)
-    rows = {
-        "family": checkpoint.family,
-        "parameters": f"{checkpoint.parameters:,}",
-        "on disk": f"{checkpoint.shards} shard{'s' * (checkpoint.shards > 1)}, "
-        f"{checkpoint.stored or _name(checkpoint.dtype)}",
-        "context": f"{args.context_length} tokens",
-        "rope scaling": _scaling(args.rope_scaling),
-        "ranks that work": ", ".join(map(str, args.rank_counts())),
-    } | _memory(replace(checkpoint, args=args), formats, kind, model_parallel_size)
-    for title, text in rows.items():
-        print(f"{title:15}  {text}")
-
-
-def _memory(
-    checkpoint: Checkpoint, formats: Mapping[str, Format], dtype: torch.dtype, size: int
-) -> dict[str, str]:
-    """Rows on the memory of each of `size` ranks, on a GPU and on a CPU."""
-    args, cpu = checkpoint.args, torch.device("cpu")
-    limits = f"max_batch_size {args.max_batch_size}, max_seq_len {args.max_seq_len}"
-    plans = [
-        make_plan(
-            args,
-            dtype=dtype,
-            ranks=size,
-            max_batch_size=args.max_batch_size,
-            max_seq_len=args.max_seq_len,
-            chunk=chunk_rows(device),
-            device=device.type,
-            formats=formats,
-        )
-        for device in (torch.device("cuda"), cpu)
-    ]
-    mapped = is_mapped(checkpoint, Ranks(0, size), cpu, dtype, formats)
-    on_cpu = replace(plans[1], mapped=mapped)
-    free = free_memory(cpu, size)
-    try:
-        check(on_cpu, free, cpu, recipes_for(args))
-        verdict = "fits"
-    except ValueError as error:
-        verdict = str(error)
-    return {
-        "each rank": f"{_kinds(formats, dtype)}, {limits}, ranks {size}",
-        "  on a GPU": str(plans[0]),
-        "  on a CPU": str(on_cpu),
-        "main memory": f"{free / 2**30:.2f} GiB free for each rank: {verdict}",
-    }
-
-
-def _kinds(formats: Mapping[str, Format], dtype: torch.dtype) -> str:
-    """What the weights will be held as."""
-    return ", ".join([*sorted({str(format) for format in formats.values()}), _name(dtype)])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _scaling(scaling: RopeScaling | None) -> str:
-    if scaling is None:
-        return "none"
-    if scaling.factors is not None:
-        return f"a factor for each pair, {min(scaling.factors):g} to {max(scaling.factors):g}"
-    return (
-        f"factor {scaling.factor:g}, low {scaling.low_freq_factor:g}, "
-        f"high {scaling.high_freq_factor:g}, original context {scaling.original_context}"
+    rows = inspect(
+        ckpt_dir,
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        dtype=dtype,
+        model_parallel_size=model_parallel_size,
+        quantize=quantize,
     )
+    _say(rows)
 
 
 def chat(
@@ -363,8 +286,7 @@ def perplexity(
         "bits per byte": f"{result.bits_per_byte:.6f}",
     }
     if llama.is_main:
-        for title, words in said.items():
-            print(f"{title:15}  {words}")
+        _say(said)
 
 
 def bench(
@@ -448,7 +370,8 @@ def convert(
     if adapter is not None:
         checkpoint = merge_adapter(checkpoint, adapter)
     write_format(checkpoint, dst, format, shards=shards, dtype=kind, type=type, show_progress=True)
-    print(f"{dst}: {checkpoint.parameters:,} parameters, {type or _name(kind or checkpoint.dtype)}")
+    what = type or dtype_name(kind or checkpoint.dtype)
+    print(f"{dst}: {checkpoint.parameters:,} parameters, {what}")
 
 
 def quantize(src: str, dst: str, quantize: str, device: str | None = None) -> None:
@@ -465,6 +388,11 @@ def quantize(src: str, dst: str, quantize: str, device: str | None = None) -> No
     folder = write_quantized(checkpoint, dst, quantize, device=where, show_progress=True)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(f"{folder}: {checkpoint.parameters:,} parameters, {size:,} bytes")
+
+
+def _say(rows: Mapping[str, str]) -> None:
+    for title, words in rows.items():
+        print(f"{title:15}  {words}")
 
 
 def _positive(number: int | None, name: str) -> int | None:

@@ -24,7 +24,6 @@ from llama.checkpoint import (
     random_checkpoint,
 )
 from llama.engine import Engine
-from llama.generation import as_dtype, chunk_rows
 from llama.limits import (
     decode_bytes,
     device_name,
@@ -40,6 +39,7 @@ from llama.model import ModelArgs, Transformer
 from llama.parallel import join
 from llama.progress import progress
 from llama.sampling import SamplingParams
+from llama.settings import as_dtype, chunk_rows, dtype_name
 
 VOCAB = 128256  # Llama 3's
 SHAPES: dict[str, dict[str, Any]] = {
@@ -292,7 +292,7 @@ def measure(
         model=name,
         parameters=checkpoint.parameters,
         device=device_name(device),
-        dtype=str(kind).removeprefix("torch."),
+        dtype=dtype_name(kind),
         bandwidth=read_bandwidth(device, size),
         operations=product_speed(device, kind, work.product),
         buffer=size,

@@ -129,11 +129,13 @@ class Engine:
         self.captured: CapturedStep | None = None
         self._loaded: list[Request] = []  # the rows of the captured step
         self._stale = False  # whether one of them ended without the device knowing
-        if kernels and self.device.type == "cuda":
+        if kernels:
             self._use_kernels()
 
     def _use_kernels(self) -> None:
         """Have llama.cuda run the model, where it can; the model itself does where it cannot."""
+        if self.device.type != "cuda":
+            return
         if self.model.ranks.size > 1:
             logger.info("kernels are for one GPU; %d ranks run without", self.model.ranks.size)
             return

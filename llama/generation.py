@@ -18,18 +18,17 @@ from llama.checkpoint import merge_adapter, open_checkpoint
 from llama.checkpoint.plan import check_memory
 from llama.engine import Engine, Event, Request
 from llama.llama2 import RefusedDialog, chat_format
-from llama.model import ModelArgs, RopeScaling, Transformer
+from llama.model import RopeScaling, Transformer
 from llama.parallel import join, local_device
 from llama.quantization import Recipe, check_ranks, formats_of, load, recipes_for
 from llama.sampling import SamplingParams
+from llama.settings import as_dtype, check_vocabulary, chunk_rows, with_limits
 from llama.streaming import AnswerText, Piece, join_pieces, stop_strings
 from llama.templates import choose_format
 from llama.tokenizer import Dialog, DialogFormat, IncrementalDecoder, Message, TextTokenizer
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SEQ_LEN = 8192
-LARGEST_PADDING = 256  # rows of a vocabulary that no token has
 Seed = int | Sequence[int] | None
 
 
@@ -195,17 +194,11 @@ class Llama:
         any of them is run.
         """
         base = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-            max_tokens=_checked(max_gen_len),
-            stop_token_ids=tuple(stop_token_ids or ()),
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, logit_bias=logit_bias,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+            max_tokens=_checked(max_gen_len), stop_token_ids=tuple(stop_token_ids or ()),
             prompt_logprobs=logprobs and echo,
-        )
+        )  # fmt: skip
         prompts = [list(prompt) for prompt in prompt_tokens]
         tokens: list[list[int]] = [prompt if echo else [] for prompt in prompts]
         scores: list[list[float]] = [[] for _ in prompts]
@@ -246,20 +239,10 @@ class Llama:
         max_gen_len=0 means None here.
         """
         pieces = self.stream_text_completion(
-            prompts,
-            temperature,
-            top_p,
-            max_gen_len,
-            logprobs,
-            echo,
-            seed=seed,
-            stop=stop,
-            top_k=top_k,
-            min_p=min_p,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-        )
+            prompts, temperature, top_p, max_gen_len, logprobs, echo,
+            seed=seed, stop=stop, top_k=top_k, min_p=min_p, presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty, logit_bias=logit_bias,
+        )  # fmt: skip
         out = []
         for text, reason, tokens, scores in join_pieces(pieces, len(prompts)):
             prediction = CompletionPrediction(generation=text, finish_reason=reason)
@@ -293,19 +276,10 @@ class Llama:
         other keys of a prediction, are those of `text_completion`.
         """
         pieces = self.stream_chat_completion(
-            dialogs,
-            temperature,
-            top_p,
-            max_gen_len,
-            logprobs,
-            seed=seed,
-            stop=stop,
-            top_k=top_k,
-            min_p=min_p,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-        )
+            dialogs, temperature, top_p, max_gen_len, logprobs,
+            seed=seed, stop=stop, top_k=top_k, min_p=min_p, presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty, logit_bias=logit_bias,
+        )  # fmt: skip
         out = []
         for text, reason, tokens, scores in join_pieces(pieces, len(dialogs)):
             answer = Message(role="assistant", content=text)
@@ -340,15 +314,10 @@ class Llama:
         if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"prompts is {prompts!r:.80}; it must be a list of strings")
         base = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, logit_bias=logit_bias,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
             max_tokens=_checked(max_gen_len) or None,
-        )
+        )  # fmt: skip
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         return self.stream(ids, base, seed=seed, stop=stop, logprobs=logprobs, echo=echo)
 
@@ -371,15 +340,10 @@ class Llama:
         """`chat_completion` as an iterator of pieces, as tokens come; see
         `stream_text_completion`."""
         base = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, logit_bias=logit_bias,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
             max_tokens=_checked(max_gen_len) or None,
-        )
+        )  # fmt: skip
         ids, refused = [], {}
         for index, dialog in enumerate(dialogs):
             try:
@@ -528,51 +492,3 @@ def _checked(max_gen_len: int | None) -> int | None:
     if max_gen_len is not None and not (whole and max_gen_len >= 0):
         raise ValueError(f"max_gen_len is {max_gen_len!r}; it must be an int >= 0 or None")
     return max_gen_len
-
-
-def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -> ModelArgs:
-    """`args` with the limits of a run; ValueError where they do not fit the model."""
-    for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise ValueError(f"{name}={value!r}: must be a positive whole number")
-    if max_seq_len is None:
-        max_seq_len = min(args.context_length, DEFAULT_SEQ_LEN)
-    if max_seq_len > args.context_length:
-        raise ValueError(
-            f"max_seq_len={max_seq_len}: the model's context is {args.context_length} tokens"
-        )
-    return replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
-
-
-def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs, path: object) -> None:
-    """ValueError where tokenizer and model cannot belong together.
-
-    A model may have a few rows more than its tokenizer has tokens: padding, or tokens that were
-    added to it. With more missing than that, special tokens, which follow the ranks, would be other
-    ones.
-    """
-    spare = min(LARGEST_PADDING, tokenizer.n_words // 64)
-    if not 0 <= args.vocab_size - tokenizer.n_words <= spare:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.n_words} tokens and the model "
-            f"{args.vocab_size}: they belong to different models"
-        )
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype from its name, also from the short ones f32, bf16 and f16; ValueError for one that
-    models are not run in."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    short = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-    if dtype is None or dtype in known.values():
-        return dtype  # type: ignore[return-value]
-    if str(dtype) not in known | short:
-        raise ValueError(f"dtype={dtype!r}: use one of {', '.join(known)}")
-    return (known | short)[str(dtype)]
-
-
-def chunk_rows(device: torch.device) -> int:
-    """Tokens of a step at most: enough to fill a GPU; fewer on a CPU, where they take seconds."""
-    return 4096 if device.type == "cuda" else 2048

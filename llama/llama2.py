@@ -10,6 +10,7 @@ whoever decodes the continuation of a text must say so, or loses the space betwe
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -59,33 +60,15 @@ def chat_format(tokenizer: TextTokenizer) -> DialogFormat:
     return Llama2ChatFormat(tokenizer)
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model: the tokenizer of Llama 1, Llama 2 and Code Llama.
+class PieceText(ABC):
+    """Text to ids and back as SentencePiece has it, whoever cuts plain text into pieces."""
 
-    As a part of text, "<s>" and "</s>" are plain characters unless the caller allows them by name.
-    Control tokens have no text.
-    """
-
-    def __init__(self, model_path: str | os.PathLike[str], *, data: bytes | None = None) -> None:
-        """Read `model_path`, as `Tokenizer` does; `data`: what it holds, where that is known.
-
-        Raises FileNotFoundError naming the path, ValueError where the file is no such model, and
-        ImportError where the package sentencepiece is not installed.
-        """
-        path = os.fspath(model_path)
-        self.model = _load(read_bytes(path) if data is None else data, path)
-        self.n_words: int = self.model.vocab_size()
-        self.bos_id: int = self.model.bos_id()
-        self.eos_id: int = self.model.eos_id()
-        self.pad_id: int = -1
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(f"{path}: this model has no token for the begin or the end of a text")
-        self.stop_tokens: set[int] = {self.eos_id}
-        self.special_tokens: dict[str, int] = {
-            self.model.id_to_piece(token): token
-            for token in range(self.n_words)
-            if self.model.is_control(token)
-        }
+    n_words: int
+    bos_id: int
+    eos_id: int
+    pad_id: int = -1
+    stop_tokens: set[int]
+    special_tokens: dict[str, int]
 
     def encode(
         self,
@@ -107,13 +90,13 @@ class SentencePieceTokenizer:
             if name in s:
                 raise ValueError(f"the text has the special token {name!r}, which is disallowed")
         ids = [self.bos_id] if bos else []
-        names = "|".join(re.escape(name) for name in sorted(allowed, key=len, reverse=True))
-        for part in re.split(f"({names})", s) if names else [s]:
+        names = one_of(allowed)
+        for part in re.split(f"({names.pattern})", s) if names else [s]:
             if part in allowed:
                 ids.append(self.special_tokens[part])
             elif part:  # halves of a pair of surrogates become one character, lone ones U+FFFD
                 whole = part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                ids += self.model.encode(whole)
+                ids += self._text(whole)
         if eos:
             ids.append(self.eos_id)
         return ids
@@ -126,8 +109,51 @@ class SentencePieceTokenizer:
         decoder = IncrementalDecoder(self)
         return "".join([*map(decoder.push, ids), decoder.flush()])
 
+    @abstractmethod
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for inside a text."""
+
+    @abstractmethod
+    def first_bytes(self, token: int) -> bytes:
+        """The bytes of an id that begins a text: without the space that a piece may begin with."""
+
+    @abstractmethod
+    def _text(self, text: str) -> list[int]:
+        """Ids of text without special tokens."""
+
+
+class SentencePieceTokenizer(PieceText):
+    """A SentencePiece model: the tokenizer of Llama 1, Llama 2 and Code Llama.
+
+    As a part of text, "<s>" and "</s>" are plain characters unless the caller allows them by name.
+    Control tokens have no text.
+    """
+
+    def __init__(self, model_path: str | os.PathLike[str], *, data: bytes | None = None) -> None:
+        """Read `model_path`, as `Tokenizer` does; `data`: what it holds, where that is known.
+
+        Raises FileNotFoundError naming the path, ValueError where the file is no such model, and
+        ImportError where the package sentencepiece is not installed.
+        """
+        path = os.fspath(model_path)
+        self.model = _load(read_bytes(path) if data is None else data, path)
+        self.n_words = self.model.vocab_size()
+        self.bos_id = self.model.bos_id()
+        self.eos_id = self.model.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(f"{path}: this model has no token for the begin or the end of a text")
+        self.stop_tokens = {self.eos_id}
+        self.special_tokens = {
+            self.model.id_to_piece(token): token
+            for token in range(self.n_words)
+            if self.model.is_control(token)
+        }
+
+    def _text(self, text: str) -> list[int]:
+        ids: list[int] = self.model.encode(text)
+        return ids
+
+    def token_bytes(self, token: int) -> bytes:
         token = check_id(token, self.n_words)
         piece: str = self.model.id_to_piece(token)
         if self.model.is_control(token):
@@ -139,7 +165,6 @@ class SentencePieceTokenizer:
         return piece.replace("▁", " ").encode()
 
     def first_bytes(self, token: int) -> bytes:
-        """The bytes of an id that begins a text: without the space that a piece may begin with."""
         token = check_id(token, self.n_words)
         return self.token_bytes(token) if self.model.is_byte(token) else self._alone(token)
 
@@ -188,6 +213,12 @@ class Llama2ChatFormat:
             text = f"[INST] {asked} [/INST] {answered} "
             ids += self.tokenizer.encode(text, bos=True, eos=True)
         return ids + self.tokenizer.encode(f"[INST] {turns[-1]} [/INST]", bos=True, eos=False)
+
+
+def one_of(names: Collection[str]) -> re.Pattern[str] | None:
+    """A pattern of these texts, the longest first; None for none."""
+    words = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
+    return re.compile("|".join(words)) if words else None
 
 
 def _load(data: bytes, path: str) -> Any:  # noqa: ANN401

@@ -786,6 +786,7 @@ OPTIONS = {
     "quantize": (TEXT, ("int3", "^quantize='int3': use one of int8, fp8, int4, ")),
     "against": (TEXT, ("nowhere", "^nowhere: there is no such folder$")),
     "plot": (TEXT, ("nowhere/x.png", "^nowhere: there is no such folder$")),
+    "kernels": (("2", "^--kernels is 2; it must be True or False$"), ANY),
     "dtype": (TEXT, ("int8", "^dtype='int8': use one of float32, bfloat16, float16$")),
     "model_parallel_size": (
         ("two", "^--model_parallel_size is 'two'; it must be a whole number$"),

@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from graphlib import TopologicalSorter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import BYTES_VOCAB, tiny_args, write_adapter, write_tokenizer
 import llama as package
 from llama import Llama, SamplingParams
 from llama.checkpoint import random_checkpoint, write_meta
+from llama.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {
@@ -29,7 +31,7 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 FLOORS = (
     {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json", "terminal"},
     {"model", "tokenizer", "verify", "sandbox"},
-    {"streaming", "tokenizer_json"},
+    {"streaming", "tokenizer_json", "settings"},
     {"llama2"},
     {"templates"},
     {"conversation"},
@@ -39,7 +41,7 @@ FLOORS = (
     {"engine", "limits"},
     {"generation"},
     {""},  # llama/__init__.py
-    {"chat", "perplexity", "bench"},
+    {"chat", "perplexity", "bench", "inspection"},
     {"comparison"},
     {"__main__", "server", "demo"},
 )
@@ -148,7 +150,7 @@ def test_only_parallel_reads_the_environment(module):
 @pytest.mark.parametrize("module", sorted(set(SOURCES) - {"llama.parallel"}))
 def test_no_device_is_written_into_the_code(module):
     """`device.type == "cuda"` asks, and is allowed; anything else would run on NVIDIA only."""
-    if room_of(module) in ("cuda", "__main__"):  # info adds up what a GPU would need
+    if room_of(module) in ("cuda", "inspection"):  # which adds up what a GPU would need
         return
     for value, around in strings(TREES[module]):
         asks = isinstance(around, ast.Compare) and ast.unparse(around.left).endswith(
@@ -326,23 +328,27 @@ BUILD = {
     "rope_scaling": {"rope_scaling": 4.0},
     "adapter": {"adapter": "a/adapter"},
     "quantize": {"quantize": "int8"},
+    "kernels": {"kernels": False},
 }
 
 
 def build_outcome(folders, changes):
-    """What a build can be told from: its answers, its limits, its dtype, or its error."""
+    """What a build can be told from: its answers, its limits, its dtype, whether it went for the
+    kernels (which find no GPU here), or its error."""
     names = {"ckpt_dir": "a"} | changes
     for key in {"ckpt_dir", "tokenizer_path", "adapter"} & set(names):
         name, _, file = names[key].partition("/")
         names[key] = folders[name] / file
     try:
-        built = Llama.build(**names)
+        with mock.patch.object(Engine, "_use_kernels") as use_kernels:
+            built = Llama.build(**names)
     except ValueError as error:
         return str(error)
     ids = built.tokenizer.encode("Hello", bos=True, eos=False)
     scores = built.generate([ids], 0, logprobs=True, echo=True)
     sampled = built.generate([ids], 8, 1.0, 1.0)
-    return scores, sampled, built.engine.cache.k.shape, built.model.norm.weight.dtype
+    dtype = built.model.norm.weight.dtype
+    return scores, sampled, built.engine.cache.k.shape, dtype, use_kernels.called
 
 
 @pytest.mark.parametrize("name", inspect.signature(Llama.build).parameters)

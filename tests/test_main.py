@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import BYTES_VOCAB, tiny_args
 
-from llama import __main__, cli
+from llama import __main__, cli, inspection
 from llama.checkpoint import random_checkpoint, write_meta
 from llama.model import ModelArgs
 
@@ -164,7 +164,7 @@ def test_info_says_what_would_fit_where_the_limits_do_not(tmp_path, capsys):
 def test_info_knows_the_released_models(monkeypatch, capsys):
     shape = dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, vocab_size=128256)
     args = ModelArgs(**shape, ffn_dim_multiplier=1.5, use_scaled_rope=True, tied=True)
-    monkeypatch.setattr(__main__, "open_checkpoint", lambda folder: random_checkpoint(args))
+    monkeypatch.setattr(inspection, "open_checkpoint", lambda folder: random_checkpoint(args))
     __main__.info("anywhere", max_batch_size=4)
     said = table(capsys.readouterr().out)
     assert said["family"] == "Llama 3.2 1B"

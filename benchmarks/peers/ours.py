@@ -5,10 +5,10 @@ from workload import Results, ragged_prompts, room, seconds, task
 
 from llama.checkpoint import load, random_checkpoint
 from llama.engine import Engine
-from llama.generation import as_dtype, chunk_rows
 from llama.model import ModelArgs
 from llama.parallel import ONE
 from llama.sampling import SamplingParams
+from llama.settings import as_dtype, chunk_rows
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ The algorithm: Sennrich et al. 2016 (arXiv 1508.07909), as in SentencePiece (arX
 import heapq
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
-from llama.tokenizer import IncrementalDecoder, check_encode, check_id
+from llama.llama2 import PieceText, one_of
+from llama.tokenizer import check_id
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -23,7 +23,7 @@ _SPACE = "▁"
 _UNKNOWN_TEXT = " ⁇ "  # what SentencePiece writes for it
 
 
-class PieceTokenizer:
+class PieceTokenizer(PieceText):
     """Pieces with scores and kinds, by id.
 
     Control pieces, such as "<s>", come out of text only where the caller allows them by name, and
@@ -45,13 +45,13 @@ class PieceTokenizer:
         self.pieces, self.scores, self.kinds = pieces, scores, kinds
         self.add_space_prefix = add_space_prefix
         self.n_words = len(pieces)
-        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, -1
+        self.bos_id, self.eos_id = bos_id, eos_id
         for name, token in (("begin", bos_id), ("end", eos_id)):
             if not 0 <= token < self.n_words:
                 raise ValueError(f"the token of a text's {name}, {token}, is not in the vocabulary")
         if any(math.isnan(score) for score in scores):
             raise ValueError("a score of the vocabulary is no number")
-        self.stop_tokens: set[int] = {eos_id, *stop_tokens}
+        self.stop_tokens = {eos_id, *stop_tokens}
         self.special_tokens = {
             piece: token for token, piece in enumerate(pieces) if kinds[token] == CONTROL
         }
@@ -68,7 +68,7 @@ class PieceTokenizer:
             raise ValueError(f"its vocabulary has not the 256 bytes as pieces, such as {lacking}")
         self._byte_ids = [spelled[name] for name in names]
         whole = [p for p in self._mergeable if kinds[self._mergeable[p]] == USER_DEFINED]
-        self._whole = _one_of(whole)
+        self._whole = one_of(whole)
 
     @classmethod
     def of_sentencepiece(cls, tokenizer: Any) -> "PieceTokenizer":  # noqa: ANN401
@@ -89,48 +89,7 @@ class PieceTokenizer:
             add_space_prefix=model.encode_as_pieces("x")[0].startswith(_SPACE),
         )
 
-    def encode(
-        self,
-        s: str,
-        *,
-        bos: bool,
-        eos: bool,
-        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
-        disallowed_special: Literal["all"] | Collection[str] = (),
-    ) -> list[int]:
-        """Ids of `s`, with bos_id before and eos_id after it where asked for.
-
-        Names of special tokens as in `Tokenizer.encode`. What follows a special token begins with
-        SentencePiece's space, as a text does.
-        """
-        allowed = check_encode(s, self.special_tokens, allowed_special, disallowed_special)
-        every = set(self.special_tokens) - allowed if disallowed_special == "all" else ()
-        for name in every or set(disallowed_special) - {"all"}:
-            if name in s:
-                raise ValueError(f"the text has the special token {name!r}, which is disallowed")
-        ids = [self.bos_id] if bos else []
-        names = _one_of(allowed)
-        for part in re.split(f"({names.pattern})", s) if names else [s]:
-            if part in allowed:
-                ids.append(self.special_tokens[part])
-            elif part:  # halves of a pair of surrogates become one character, lone ones U+FFFD
-                ids += self._text(
-                    part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                )
-        if eos:
-            ids.append(self.eos_id)
-        return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, without the space before it; invalid UTF-8 as U+FFFD.
-
-        Raises ValueError for an id outside 0 .. n_words - 1, pad_id among them.
-        """
-        decoder = IncrementalDecoder(self)
-        return "".join([*map(decoder.push, ids), decoder.flush()])
-
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for inside a text."""
         token = check_id(token, self.n_words)
         kind, piece = self.kinds[token], self.pieces[token]
         if kind == CONTROL:
@@ -140,7 +99,6 @@ class PieceTokenizer:
         return (_UNKNOWN_TEXT if kind == UNKNOWN else piece.replace(_SPACE, " ")).encode()
 
     def first_bytes(self, token: int) -> bytes:
-        """The bytes of an id that begins a text: without the space that a piece may begin with."""
         data = self.token_bytes(token)
         written = self.add_space_prefix and self.pieces[token].startswith(_SPACE)
         return data[1:] if written else data
@@ -207,12 +165,6 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
         size = {1: 8, 5: 4}.get(key & 7) or varint()
         yield key >> 3, data[at : at + size]
         at += size
-
-
-def _one_of(names: Collection[str]) -> re.Pattern[str] | None:
-    """A pattern of these texts, the longest first; None for none."""
-    words = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
-    return re.compile("|".join(words)) if words else None
 
 
 def _merge(

@@ -1,0 +1,100 @@
+"""What lies in a folder of weights, and what running it would take: the rows of `info`.
+
+Refuses to print and to run. The surprising thing: it reads no weights and touches no GPU, so it
+answers at once for any model, also for one that this machine could never hold.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from llama.checkpoint import Checkpoint, Format, check, free_memory, make_plan, open_checkpoint
+from llama.checkpoint.plan import is_mapped
+from llama.model import RopeScaling
+from llama.parallel import Ranks
+from llama.quantization import check_ranks, formats_of, recipes_for
+from llama.settings import as_dtype, chunk_rows, dtype_name, with_limits
+
+
+def inspect(
+    ckpt_dir: str,
+    *,
+    max_batch_size: int = 1,
+    max_seq_len: int | None = None,
+    dtype: str | None = None,
+    model_parallel_size: int = 1,
+    quantize: str | None = None,
+) -> dict[str, str]:
+    """Words by title; arguments as of Llama.build. ValueError where build would raise one for them,
+    but for memory: that is a row."""
+    checkpoint = open_checkpoint(ckpt_dir)
+    formats = checkpoint.formats if quantize is None else formats_of(quantize, checkpoint.args)
+    kind = as_dtype(dtype) or checkpoint.dtype
+    args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
+    if model_parallel_size not in args.rank_counts():
+        raise ValueError(
+            f"model_parallel_size={model_parallel_size}: these numbers of ranks can share this "
+            f"model: {args.rank_counts()}"
+        )
+    check_ranks(formats, args, model_parallel_size)
+    return {
+        "family": checkpoint.family,
+        "parameters": f"{checkpoint.parameters:,}",
+        "on disk": f"{checkpoint.shards} shard{'s' * (checkpoint.shards > 1)}, "
+        f"{checkpoint.stored or dtype_name(checkpoint.dtype)}",
+        "context": f"{args.context_length} tokens",
+        "rope scaling": _scaling(args.rope_scaling),
+        "ranks that work": ", ".join(map(str, args.rank_counts())),
+    } | _memory(replace(checkpoint, args=args), formats, kind, model_parallel_size)
+
+
+def _memory(
+    checkpoint: Checkpoint, formats: Mapping[str, Format], dtype: torch.dtype, size: int
+) -> dict[str, str]:
+    """Rows on the memory of each of `size` ranks, on a GPU and on a CPU."""
+    args, cpu = checkpoint.args, torch.device("cpu")
+    limits = f"max_batch_size {args.max_batch_size}, max_seq_len {args.max_seq_len}"
+    plans = [
+        make_plan(
+            args,
+            dtype=dtype,
+            ranks=size,
+            max_batch_size=args.max_batch_size,
+            max_seq_len=args.max_seq_len,
+            chunk=chunk_rows(device),
+            device=device.type,
+            formats=formats,
+        )
+        for device in (torch.device("cuda"), cpu)
+    ]
+    mapped = is_mapped(checkpoint, Ranks(0, size), cpu, dtype, formats)
+    on_cpu = replace(plans[1], mapped=mapped)
+    free = free_memory(cpu, size)
+    try:
+        check(on_cpu, free, cpu, recipes_for(args))
+        verdict = "fits"
+    except ValueError as error:
+        verdict = str(error)
+    return {
+        "each rank": f"{_kinds(formats, dtype)}, {limits}, ranks {size}",
+        "  on a GPU": str(plans[0]),
+        "  on a CPU": str(on_cpu),
+        "main memory": f"{free / 2**30:.2f} GiB free for each rank: {verdict}",
+    }
+
+
+def _kinds(formats: Mapping[str, Format], dtype: torch.dtype) -> str:
+    """What the weights will be held as."""
+    return ", ".join([*sorted({str(format) for format in formats.values()}), dtype_name(dtype)])
+
+
+def _scaling(scaling: RopeScaling | None) -> str:
+    if scaling is None:
+        return "none"
+    if scaling.factors is not None:
+        return f"a factor for each pair, {min(scaling.factors):g} to {max(scaling.factors):g}"
+    return (
+        f"factor {scaling.factor:g}, low {scaling.low_freq_factor:g}, "
+        f"high {scaling.high_freq_factor:g}, original context {scaling.original_context}"
+    )

@@ -1,0 +1,68 @@
+"""What somebody asks a model to run with, checked: limits, dtype, and a tokenizer that fits.
+
+Refuses to know how a model is read or run: from options to values, or to a ValueError that says
+what would work. The surprising thing: nothing is allocated here, so programs can check first.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from llama.model import ModelArgs
+from llama.tokenizer import TextTokenizer
+
+DEFAULT_SEQ_LEN = 8192
+LARGEST_PADDING = 256  # rows of a vocabulary that no token has
+
+
+def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -> ModelArgs:
+    """`args` with the limits of a run; ValueError where they do not fit the model."""
+    for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len)):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
+            raise ValueError(f"{name}={value!r}: must be a positive whole number")
+    if max_seq_len is None:
+        max_seq_len = min(args.context_length, DEFAULT_SEQ_LEN)
+    if max_seq_len > args.context_length:
+        raise ValueError(
+            f"max_seq_len={max_seq_len}: the model's context is {args.context_length} tokens"
+        )
+    return replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+
+
+def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs, path: object) -> None:
+    """ValueError where tokenizer and model cannot belong together.
+
+    A model may have a few rows more than its tokenizer has tokens: padding, or tokens that were
+    added to it. With more missing than that, special tokens, which follow the ranks, would be other
+    ones.
+    """
+    spare = min(LARGEST_PADDING, tokenizer.n_words // 64)
+    if not 0 <= args.vocab_size - tokenizer.n_words <= spare:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.n_words} tokens and the model "
+            f"{args.vocab_size}: they belong to different models"
+        )
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name, also from the short ones f32, bf16 and f16; ValueError for one that
+    models are not run in."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    short = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+    if dtype is None or dtype in known.values():
+        return dtype  # type: ignore[return-value]
+    if str(dtype) not in known | short:
+        raise ValueError(f"dtype={dtype!r}: use one of {', '.join(known)}")
+    return (known | short)[str(dtype)]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `as_dtype` takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def chunk_rows(device: torch.device) -> int:
+    """Tokens of a step at most: enough to fill a GPU; fewer on a CPU, where they take seconds."""
+    return 4096 if device.type == "cuda" else 2048
