@@ -8,7 +8,7 @@ has their keys; so all rows begin at the same step, with equally many keys.
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from llama.checkpoint import (
     open_checkpoint,
     random_checkpoint,
 )
+from llama.checkpoint.packed import Format
 from llama.engine import Engine
 from llama.limits import (
     decode_bytes,

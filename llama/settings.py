@@ -11,7 +11,6 @@ import torch
 from llama.model import ModelArgs
 from llama.tokenizer import TextTokenizer
 
-
 CHUNK_ROWS = 2048  # tokens of a step at most: they fill a GPU, and take little memory
 DEFAULT_SEQ_LEN = 8192
 LARGEST_PADDING = 256  # rows of a vocabulary that no token has
