@@ -82,7 +82,12 @@ GREEDY = SamplingParams(temperature=0, max_tokens=9)
 
 @pytest.mark.parametrize(
     "changes",
-    [{"n_kv_heads": 2}, {"n_kv_heads": 4}, {"head_dim": 32, "tied": True}, {"dim": 48, "hidden_dim": 80}],
+    [
+        {"n_kv_heads": 2},
+        {"n_kv_heads": 4},
+        {"head_dim": 32, "tied": True},
+        {"dim": 48, "hidden_dim": 80},
+    ],
 )
 def test_a_captured_row_is_the_plain_one(changes):
     model = small(**changes)
