@@ -22,14 +22,12 @@ from llama.checkpoint import reshard as write_shards
 from llama.comparison import check_plot, compare_all, table
 from llama.comparison import plot as draw
 from llama.generation import Llama
-from llama.inspection import inspect
-from llama.llama2 import open_tokenizer
+from llama.inspection import inspect, tokenizer_alone
 from llama.parallel import local_device
 from llama.perplexity import check_window, default_window, score
 from llama.quantization import formats_of, write_quantized
 from llama.sampling import SamplingParams
 from llama.settings import CHUNK_ROWS, as_dtype, dtype_name
-from llama.tokenizer import TextTokenizer
 from llama.verify import verify as find_problems
 
 DEMO = str(Path(__file__).parent / "demo")
@@ -190,13 +188,7 @@ def tokenize(
         decode: ids, with blanks or commas between them, whose text is printed.
         json: print one JSON object.
     """
-    if tokenizer_path is not None or not ckpt_dir.endswith(".gguf"):
-        path = tokenizer_path or _tokenizer_of(ckpt_dir)
-        tokenizer: TextTokenizer | None = open_tokenizer(path)
-    else:
-        tokenizer = open_checkpoint(ckpt_dir).open_tokenizer()
-    if tokenizer is None:
-        raise FileNotFoundError(f"no tokenizer in {ckpt_dir}; give tokenizer_path")
+    tokenizer = tokenizer_alone(ckpt_dir, tokenizer_path)
     if decode is not None:
         if text is not None or file is not None:
             raise ValueError("give either a text or --decode")
@@ -277,16 +269,8 @@ def perplexity(
         return
     llama = build(ckpt_dir)
     result = score(llama, text, window=window, stride=stride, show_progress=llama.is_main)
-    error = result.perplexity * result.error
-    said = {
-        "text": f"{result.tokens} tokens, {result.size} bytes",
-        "windows": f"of {window} tokens, moved on by {stride}",
-        "mean": f"{result.mean:.6f} nats a token, standard error {result.error:.6f}",
-        "perplexity": f"{result.perplexity:.4f}, standard error {error:.4f}",
-        "bits per byte": f"{result.bits_per_byte:.6f}",
-    }
     if llama.is_main:
-        _say(said)
+        _say(result.words())
 
 
 def bench(
@@ -417,13 +401,6 @@ def _ids(text: str) -> list[int]:
     if wrong:
         raise ValueError(f"--decode has {wrong[0]!r}; it must be token ids, as in 1,2 or 1 2")
     return [int(word) for word in words]
-
-
-def _tokenizer_of(ckpt_dir: str) -> str:
-    for name in ("tokenizer.model", "original/tokenizer.model", "tokenizer.json"):
-        if (Path(ckpt_dir) / name).is_file():
-            return str(Path(ckpt_dir) / name)
-    raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
 
 
 def verify(ckpt_dir: str = DEMO) -> None:

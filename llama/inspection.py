@@ -1,20 +1,23 @@
 """What lies in a folder of weights, and what running it would take: the rows of `info`.
 
-Refuses to print and to run. The surprising thing: it reads no weights and touches no GPU, so it
-answers at once for any model, also for one that this machine could never hold.
+Refuses to print and to run. The surprising thing: `inspect` reads no weights and touches no GPU, so
+it answers at once for any model, also for one that this machine could never hold.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from llama.checkpoint import Checkpoint, Format, check, free_memory, make_plan, open_checkpoint
 from llama.checkpoint.plan import is_mapped
+from llama.llama2 import open_tokenizer
 from llama.model import RopeScaling
 from llama.parallel import Ranks
 from llama.quantization import check_ranks, formats_of, recipes_for
 from llama.settings import CHUNK_ROWS, as_dtype, dtype_name, with_limits
+from llama.tokenizer import TextTokenizer
 
 
 def inspect(
@@ -47,6 +50,24 @@ def inspect(
         "rope scaling": _scaling(args.rope_scaling),
         "ranks that work": ", ".join(map(str, args.rank_counts())),
     } | _memory(replace(checkpoint, args=args), formats, kind, model_parallel_size)
+
+
+def tokenizer_alone(ckpt_dir: str, tokenizer_path: str | None = None) -> TextTokenizer:
+    """The tokenizer at the path, or that of a folder or a .gguf file, which need hold no weights.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if tokenizer_path is not None:
+        return open_tokenizer(tokenizer_path)
+    if ckpt_dir.endswith(".gguf"):
+        found = open_checkpoint(ckpt_dir).open_tokenizer()
+        if found is not None:
+            return found
+        raise FileNotFoundError(f"no tokenizer in {ckpt_dir}; give tokenizer_path")
+    for name in ("tokenizer.model", "original/tokenizer.model", "tokenizer.json"):
+        if (Path(ckpt_dir) / name).is_file():
+            return open_tokenizer(Path(ckpt_dir) / name)
+    raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
 
 
 def _memory(

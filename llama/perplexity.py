@@ -50,6 +50,17 @@ class Score:
         """Independent of the tokenizer, so it compares models with different ones."""
         return self.total / math.log(2) / self.size
 
+    def words(self) -> dict[str, str]:
+        """What to print of it, by title."""
+        error = self.perplexity * self.error
+        return {
+            "text": f"{self.tokens} tokens, {self.size} bytes",
+            "windows": f"of {self.window} tokens, moved on by {self.stride}",
+            "mean": f"{self.mean:.6f} nats a token, standard error {self.error:.6f}",
+            "perplexity": f"{self.perplexity:.4f}, standard error {error:.4f}",
+            "bits per byte": f"{self.bits_per_byte:.6f}",
+        }
+
 
 def default_window(context: int) -> int:
     return min(context, 2048)

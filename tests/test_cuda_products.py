@@ -43,7 +43,7 @@ def multiply():
 
 
 BLOCKS = [
-    (1, None), (1, OneRow(4, 32, 2, 2, False)), (1, OneRow(2, 64, 4, 1)),
+    (1, None), (1, OneRow(16, 32, 2, 2, False)), (1, OneRow(32, 64, 4, 1)),
     (2, None), (5, SomeRows(32, 16, 32, 2, 2, 4)), (17, SomeRows(32, 32, 32, 3, 2, 4, False)),
     (64, SomeRows(64, 32, 64, 1, 2, 4)),
 ]  # fmt: skip
@@ -125,7 +125,7 @@ def ragged(rows, heads, kv, size, longest, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("rows", "heads", "kv", "size", "longest", "programs", "block"),
     [(1, 4, 2, 16, 90, 4, 16), (3, 8, 2, 32, 70, 5, 16), (5, 2, 2, 16, 150, 8, 32),
-     (2, 6, 2, 64, 40, 3, 16), (40, 2, 1, 16, 40, 64, 16), (1, 4, 4, 16, 1, 4, 16)],
+     (2, 6, 2, 64, 40, 3, 16), (20, 2, 1, 16, 40, 24, 16), (1, 4, 4, 16, 1, 4, 16)],
 )  # fmt: skip
 def test_attention_split_over_ragged_rows(
     monkeypatch, rows, heads, kv, size, longest, programs, block

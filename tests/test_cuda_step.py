@@ -23,14 +23,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def few_programs(monkeypatch):
     """The interpreter runs one program after the other, also those that have nothing to do."""
     if DEVICE.type == "cpu":
-        blocks = AttentionBlocks(3, 16, 2, 4, 16)
+        blocks = AttentionBlocks(2, 16, 2, 4, 16)
         monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: blocks)
         monkeypatch.setattr(products, "one_row_blocks", lambda *_: OneRow(128, 32, 4))
 
 
 def small(seed=0, **changes):
     """A model whose products are few in the interpreter."""
-    shape = dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=48)
+    shape = dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=1, head_dim=16, hidden_dim=48)
     return unit_scale(Transformer(tiny_args(**{**shape, **changes})), seed).to(DEVICE)
 
 
@@ -82,7 +82,12 @@ GREEDY = SamplingParams(temperature=0, max_tokens=9)
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"n_kv_heads": 4}, {"head_dim": 32, "tied": True}, {"dim": 48, "hidden_dim": 80}],
+    [
+        {"n_kv_heads": 2},
+        {"n_kv_heads": 4},
+        {"head_dim": 32, "tied": True},
+        {"dim": 48, "hidden_dim": 80},
+    ],
 )
 def test_a_captured_row_is_the_plain_one(changes):
     model = small(**changes)
@@ -103,8 +108,8 @@ def test_more_prompts_than_slots_with_ends_of_every_kind():
 def test_a_sequence_that_fills_its_slot():
     model = small()
     params = SamplingParams(temperature=0)
-    plain = answers(engine_of(model, False, 2, longest=14), PROMPTS[:3], params)
-    check(answers(engine_of(model, True, 2, longest=14), PROMPTS[:3], params), plain)
+    plain = answers(engine_of(model, False, 2, longest=12), PROMPTS[:3], params)
+    check(answers(engine_of(model, True, 2, longest=12), PROMPTS[:3], params), plain)
 
 
 SHIFTED = [

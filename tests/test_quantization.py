@@ -656,7 +656,7 @@ def test_what_quantization_costs_the_demo_is_within_its_bounds(monkeypatch):
         return Llama.build(DEMO, max_seq_len=64, device="cpu", dtype="float32", quantize=quantize)
 
     other = built()
-    data = held_out_rows(other.tokenizer, 100)
+    data = held_out_rows(other.tokenizer, 60)
     costs = {}
     for recipe, bound in (("int8", 0.001), ("fp8", 0.005), ("int4", 0.025), ("mixed", 0.025)):
         found = costs[recipe] = difference(built(recipe), other, data)
