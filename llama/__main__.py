@@ -27,7 +27,7 @@ from llama.parallel import local_device
 from llama.perplexity import check_window, default_window, score
 from llama.quantization import formats_of, write_quantized
 from llama.sampling import SamplingParams
-from llama.settings import as_dtype, chunk_rows, dtype_name
+from llama.settings import CHUNK_ROWS, as_dtype, dtype_name
 from llama.verify import verify as find_problems
 
 DEMO = str(Path(__file__).parent / "demo")
@@ -250,7 +250,7 @@ def perplexity(
         context = min(context, open_checkpoint(against).args.context_length)
     window = default_window(context) if window is None else window
     stride = check_window(window, stride)
-    slots = max(1, chunk_rows(local_device(device)) // window)  # what fills a step
+    slots = max(1, CHUNK_ROWS // window)  # what fills a step
 
     def build(folder: str, recipe: str | None = None) -> Llama:
         return Llama.build(
@@ -283,6 +283,7 @@ def bench(
     json: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     kernels: bool = True,
 ) -> None:
     """Measure how fast a model runs here, as a share of what this machine can do.
@@ -297,6 +298,7 @@ def bench(
         json: print one JSON object in place of the table.
         device: cuda, cuda:N, mps or cpu; by default the first of them there is.
         dtype: float32, bfloat16 or float16; by default the checkpoint's own, for a shape bfloat16.
+        quantize: int8, fp8, int4 or mixed: quantize the weights as they are loaded.
         kernels: whether an NVIDIA GPU runs this library's kernels, or the plain model.
     """
     where = local_device(device)
@@ -308,6 +310,7 @@ def bench(
         work,
         device=where,
         dtype=as_dtype(dtype),
+        quantize=quantize,
         kernels=kernels,
         show_progress=True,
     )

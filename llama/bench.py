@@ -8,7 +8,7 @@ has their keys; so all rows begin at the same step, with equally many keys.
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,11 +18,11 @@ from llama.checkpoint import (
     Checkpoint,
     check_memory,
     free_memory,
-    load,
     make_plan,
     open_checkpoint,
     random_checkpoint,
 )
+from llama.checkpoint.packed import Format
 from llama.engine import Engine
 from llama.limits import (
     decode_bytes,
@@ -38,8 +38,9 @@ from llama.limits import (
 from llama.model import ModelArgs, Transformer
 from llama.parallel import join
 from llama.progress import progress
+from llama.quantization import formats_of, load
 from llama.sampling import SamplingParams
-from llama.settings import as_dtype, chunk_rows, dtype_name
+from llama.settings import CHUNK_ROWS, as_dtype, dtype_name
 
 VOCAB = 128256  # Llama 3's
 SHAPES: dict[str, dict[str, Any]] = {
@@ -265,6 +266,7 @@ def measure(
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     kernels: bool = True,
     show_progress: bool = False,
 ) -> Report:
@@ -278,8 +280,16 @@ def measure(
     if ranks.size > 1:
         raise ValueError("bench measures a single process: start it without torchrun")
     checkpoint = replace(checkpoint, args=args)
-    check_memory(checkpoint, ranks, device, kind, chunk_rows(device))
-    model = load(checkpoint, ranks=ranks, device=device, dtype=kind, show_progress=show_progress)
+    formats = checkpoint.formats if quantize is None else formats_of(quantize, args)
+    check_memory(checkpoint, ranks, device, kind, CHUNK_ROWS, formats=formats)
+    model = load(
+        checkpoint,
+        ranks=ranks,
+        device=device,
+        dtype=kind,
+        formats=formats,
+        show_progress=show_progress,
+    )
     release(device)
     loading = process_age()
     engine = _engine(model, kernels, rows=1, room=room)
@@ -292,7 +302,7 @@ def measure(
         model=name,
         parameters=checkpoint.parameters,
         device=device_name(device),
-        dtype=dtype_name(kind),
+        dtype=dtype_name(kind) + (f", {quantize}" if quantize else ""),
         bandwidth=read_bandwidth(device, size),
         operations=product_speed(device, kind, work.product),
         buffer=size,
@@ -304,12 +314,19 @@ def measure(
     with progress("measuring", len(jobs), unit="lines", enabled=show_progress) as advance:
         for job in jobs:
             release(device)
-            _measure_one(job, model, kernels, work.steps, report)
+            _measure_one(job, model, formats, kernels, work.steps, report)
             advance(1)
     return report
 
 
-def _measure_one(job: _Job, model: Transformer, kernels: bool, steps: int, report: Report) -> None:
+def _measure_one(
+    job: _Job,
+    model: Transformer,
+    formats: Mapping[str, Format],
+    kernels: bool,
+    steps: int,
+    report: Report,
+) -> None:
     """Add a line to the report, or why there is none."""
     args, device, kind = model.params, model.norm.weight.device, model.norm.weight.dtype
     what = f"decode, {job.name}" if job.params else f"prefill, {job.name}"
@@ -317,7 +334,7 @@ def _measure_one(job: _Job, model: Transformer, kernels: bool, steps: int, repor
         report.left_out.append(f"{what}: the model's context is {args.context_length} tokens")
         return
     plan = make_plan(args, dtype=kind, max_batch_size=job.rows, max_seq_len=job.room,
-                     chunk=chunk_rows(device), device=device.type)  # fmt: skip
+                     chunk=CHUNK_ROWS, device=device.type, formats=formats)  # fmt: skip
     needed, free = plan.cache + plan.workspace, free_memory(device)
     if needed > free:
         sizes = f"{needed / GIB:.2f} GiB beside the weights, and {free / GIB:.2f} are free"
@@ -327,7 +344,7 @@ def _measure_one(job: _Job, model: Transformer, kernels: bool, steps: int, repor
         engine = _engine(model, kernels, rows=job.rows, room=job.room, reuse=job.params is not None)
         if job.params:
             seconds, keys = decode_seconds(engine, job.rows, job.tokens, steps, job.params)
-            limit = decode_bytes(args, kind, job.rows, keys) / report.bandwidth
+            limit = decode_bytes(args, kind, job.rows, keys, formats) / report.bandwidth
         else:
             seconds = prefill_seconds(engine, job.tokens)
             limit = prefill_operations(args, job.tokens) / report.operations
@@ -358,7 +375,7 @@ def _engine(
         model,
         max_batch_size=rows,
         max_seq_len=room,
-        chunk=chunk_rows(model.norm.weight.device),
+        chunk=CHUNK_ROWS,
         reuse=reuse,
         kernels=kernels,
     )

@@ -22,7 +22,7 @@ from llama.model import RopeScaling, Transformer
 from llama.parallel import join, local_device
 from llama.quantization import Recipe, check_ranks, formats_of, load, recipes_for
 from llama.sampling import SamplingParams
-from llama.settings import as_dtype, check_vocabulary, chunk_rows, with_limits
+from llama.settings import CHUNK_ROWS, as_dtype, check_vocabulary, with_limits
 from llama.streaming import AnswerText, Piece, join_pieces, stop_strings
 from llama.templates import choose_format
 from llama.tokenizer import Dialog, DialogFormat, IncrementalDecoder, Message, TextTokenizer
@@ -113,7 +113,7 @@ class Llama:
         problem = None
         try:
             check_ranks(formats, args, ranks.size)
-            chunk, smaller = chunk_rows(where), recipes_for(args)
+            chunk, smaller = CHUNK_ROWS, recipes_for(args)
             check_memory(checkpoint, ranks, where, kind, chunk, formats, smaller)
             model = load(
                 checkpoint,
@@ -158,7 +158,7 @@ class Llama:
             max_seq_len=args.max_seq_len,
             stop_token_ids=tokenizer.stop_tokens | set(stop_token_ids),
             seed=seed,
-            chunk=chunk_rows(model.norm.weight.device),
+            chunk=CHUNK_ROWS,
             kernels=kernels,
         )
         self._mail: dict[Request, list[Event]] = {}

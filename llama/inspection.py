@@ -16,7 +16,7 @@ from llama.llama2 import open_tokenizer
 from llama.model import RopeScaling
 from llama.parallel import Ranks
 from llama.quantization import check_ranks, formats_of, recipes_for
-from llama.settings import as_dtype, chunk_rows, dtype_name, with_limits
+from llama.settings import CHUNK_ROWS, as_dtype, dtype_name, with_limits
 from llama.tokenizer import TextTokenizer
 
 
@@ -83,7 +83,7 @@ def _memory(
             ranks=size,
             max_batch_size=args.max_batch_size,
             max_seq_len=args.max_seq_len,
-            chunk=chunk_rows(device),
+            chunk=CHUNK_ROWS,
             device=device.type,
             formats=formats,
         )

@@ -11,24 +11,39 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 
 import torch
 
 from llama.checkpoint.names import shapes
+from llama.checkpoint.packed import Format
 from llama.model import ModelArgs
 
 # ---- what must be done
 
 
-def decode_bytes(args: ModelArgs, dtype: torch.dtype, rows: int, length: float) -> float:
+def decode_bytes(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    rows: int,
+    length: float,
+    formats: Mapping[str, Format] | None = None,
+) -> float:
     """Bytes that a step of `rows` must read: all weights but the embedding table (the output matrix
-    counts also where it is tied), and keys and values of `length` tokens a row."""
-    numbers = sum(prod(s) for name, s in shapes(args).items() if name != "tok_embeddings.weight")
+    counts also where it is tied), and keys and values of `length` tokens a row. `formats`: of the
+    matrices that are quantized."""
+    packed = dict(formats or {})
+    if args.tied and "tok_embeddings.weight" in packed:
+        packed["output.weight"] = packed["tok_embeddings.weight"]
+    weights = sum(
+        packed[name].nbytes(*shape) if name in packed else prod(shape) * dtype.itemsize
+        for name, shape in shapes(args).items()
+        if name != "tok_embeddings.weight"
+    )
     cache = rows * length * 2 * args.n_layers * args.n_kv_heads * args.head_dim
-    return (numbers + cache) * dtype.itemsize
+    return weights + cache * dtype.itemsize
 
 
 def prefill_operations(args: ModelArgs, length: int) -> float:

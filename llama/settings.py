@@ -11,6 +11,7 @@ import torch
 from llama.model import ModelArgs
 from llama.tokenizer import TextTokenizer
 
+CHUNK_ROWS = 2048  # tokens of a step at most: they fill a GPU, and take little memory
 DEFAULT_SEQ_LEN = 8192
 LARGEST_PADDING = 256  # rows of a vocabulary that no token has
 
@@ -61,8 +62,3 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def dtype_name(dtype: torch.dtype) -> str:
     """As `as_dtype` takes it."""
     return str(dtype).removeprefix("torch.")
-
-
-def chunk_rows(device: torch.device) -> int:
-    """Tokens of a step at most: enough to fill a GPU; fewer on a CPU, where they take seconds."""
-    return 4096 if device.type == "cuda" else 2048

@@ -1,16 +1,23 @@
 """What only a GPU can show: the plain model there is the model here, and needs no quadratic
 memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
 
+import llama.demo
 from llama import Llama
-from llama.checkpoint import load, make_plan, random_checkpoint, write_meta
+from llama.cache import Batch
+from llama.checkpoint import load, make_plan, open_checkpoint, random_checkpoint, write_meta
 from llama.engine import Engine
 from llama.model import ModelArgs
 from llama.parallel import ONE
 from llama.sampling import SamplingParams
+
+pytest.importorskip("triton", reason="triton is not installed")
+from llama.cuda.step import CapturedStep, Row
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[256, 72, 101, 108], [256, *range(40)], [7], [9] * 63]
@@ -70,3 +77,98 @@ def test_a_long_prefill_needs_what_the_plan_says_and_nothing_quadratic(dtype, ch
     print(f"{dtype}, chunk {chunk}: {used / 2**20:.0f} MB, planned {plan.workspace / 2**20:.0f} MB")
     assert used <= plan.workspace
     assert used < scores / 2
+
+
+DEMO = Path(llama.demo.__file__).parent
+
+
+def demo_model(dtype):
+    source = open_checkpoint(DEMO)
+    return load(source, ranks=ONE, device="cuda", dtype=dtype), source.open_tokenizer(None)
+
+
+def demo_prompts(tokenizer, count):
+    words = ["What", "The capital of", "Spell", "One day a", "A haiku about", "Count from", "Red"]
+    texts = [f"{words[i % 7]} {words[i % 5].lower()} {i}" for i in range(count)]
+    return [tokenizer.encode(text, bos=True, eos=False) for text in texts]
+
+
+def greedy(model, prompts, tokens, kernels):
+    engine = Engine(model, max_batch_size=8, max_seq_len=256, kernels=kernels)
+    params = SamplingParams(temperature=0, max_tokens=tokens)
+    requests = [engine.submit(prompt, params) for prompt in prompts]
+    while not engine.idle:
+        engine.step()
+    return [request.tokens for request in requests]
+
+
+def test_the_demo_says_the_same_with_kernels_and_without_in_float32():
+    model, tokenizer = demo_model(torch.float32)
+    prompts = demo_prompts(tokenizer, 25)
+    plain = greedy(model, prompts, 48, False)
+    assert sum(map(len, plain)) >= 1000
+    assert greedy(model, prompts, 48, True) == plain
+
+
+def step_logits(model, ids):
+    """Logits (S, V) of every position of `ids`, by captured steps of one row."""
+    cache = model.new_cache(1, len(ids))
+    step = CapturedStep(model, cache, 1)
+    rows = []
+    for position, token in enumerate(ids):
+        step.load([Row(token, position, 0, (), 9, 0, SamplingParams(temperature=0), ())])
+        step.launch()
+        step.read()
+        rows.append(step.scratch.logits[0].double())
+    return torch.stack(rows)
+
+
+def test_bf16_parts_only_where_roundings_of_this_size_can_part():
+    """Where two ways with logit errors a and b choose differently, the top-2 margin of the first is
+    at most 2 (a + b). The errors are measured against float64, the kernels' no worse than plain."""
+    model, tokenizer = demo_model(torch.bfloat16)
+    exact, _ = demo_model(torch.float32)
+    exact = exact.double()
+    prompts = demo_prompts(tokenizer, 25)
+    both = greedy(model, prompts, 48, False), greedy(model, prompts, 48, True)
+    squares, parted = torch.zeros(2, dtype=torch.float64), []
+    for prompt, plain, ours in zip(prompts, *both, strict=True):
+        same = next((i for i, (p, o) in enumerate(zip(plain, ours, strict=False)) if p != o), None)
+        ids = prompt + plain[:same]
+        batch = Batch([len(ids)], device="cuda")
+        tokens, positions = torch.tensor(ids).cuda(), torch.arange(len(ids)).cuda()
+        with torch.no_grad():
+            truth = exact.forward_flat(tokens, positions, batch).double()
+            usual = model.forward_flat(tokens, positions, batch).double()
+        kernels = step_logits(model, ids)
+        squares += torch.stack(
+            [(usual - truth).square().sum(), (kernels - truth).square().sum()]
+        ).cpu()
+        if same is not None:
+            a, b = ((t[-1] - truth[-1]).abs().max() for t in (usual, kernels))
+            top = usual[-1].topk(2).values
+            parted.append((float(top[0] - top[1]), float(2 * (a + b))))
+            assert top[0] - top[1] <= 2 * (a + b)
+    print(f"errors {squares.sqrt().tolist()}, parted at (margin, bound): {parted}")
+    assert squares[1] <= 1.1 * squares[0]
+
+
+def test_memory_beside_weights_and_cache_is_small():
+    args = ModelArgs(
+        dim=4096, n_layers=4, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=128256,
+        context_length=8192, max_seq_len=2048, max_batch_size=4,
+    )  # fmt: skip
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    source = random_checkpoint(args, dtype=torch.bfloat16, device="cuda")
+    model = load(source, ranks=ONE, device="cuda")
+    engine = Engine(model, max_batch_size=4, max_seq_len=2048, chunk=4096)
+    for _ in range(2):
+        for _ in range(4):
+            engine.submit(list(range(1500)), SamplingParams(max_tokens=5))
+        while not engine.idle:
+            engine.step()
+    plan = make_plan(args, dtype=torch.bfloat16, max_batch_size=4, max_seq_len=2048, chunk=4096)
+    above = free - torch.cuda.mem_get_info()[0] - plan.weights - plan.cache
+    print(f"{above / 2**20:.0f} MB above weights and cache")
+    assert above < 1.5e9

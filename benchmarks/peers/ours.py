@@ -8,7 +8,7 @@ from llama.engine import Engine
 from llama.model import ModelArgs
 from llama.parallel import ONE
 from llama.sampling import SamplingParams
-from llama.settings import as_dtype, chunk_rows
+from llama.settings import CHUNK_ROWS, as_dtype
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     source = random_checkpoint(args, dtype=as_dtype(given["dtype"]), device=device)
     model = load(source, ranks=ONE, device=device)
     engine = Engine(model, max_batch_size=len(prompts), max_seq_len=longest,
-                    chunk=chunk_rows(device))  # fmt: skip
+                    chunk=CHUNK_ROWS)  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=given["new_tokens"])
 
     def generate(prompts: list[list[int]]) -> None:

@@ -53,8 +53,12 @@ def build(given: dict) -> Transformer:
     torch.distributed.init_process_group("nccl" if cuda else "gloo", rank=0, world_size=1)
     with contextlib.redirect_stdout(sys.stderr):
         initialize_model_parallel(1)
-    torch.set_default_dtype(getattr(torch, given["dtype"]))
-    torch.set_default_device(given["device"])
+    if cuda:  # as in theirs: fairscale makes its weights by torch.Tensor, which a device misses
+        kind = {"bfloat16": torch.cuda.BFloat16Tensor, "float16": torch.cuda.HalfTensor}
+        torch.set_default_tensor_type(kind.get(given["dtype"], torch.cuda.FloatTensor))
+    else:
+        torch.set_default_dtype(getattr(torch, given["dtype"]))
+        torch.set_default_device(given["device"])
     args = {k: v for k, v in given["args"].items() if k not in ("tied", "use_scaled_rope")}
     rows = max(*given["rows"], 8)
     model = Transformer(
