@@ -1,0 +1,329 @@
+"""How a product reads its weight: as plain numbers, or packed in one of the ways of packed.py.
+
+Loops for a single row, and tiles for the tensor cores; knows no epilogue. The surprising thing: an
+int4 is made a float without being converted. Its four bits become the first ones of a float's
+fraction, which then says q + 16, or q + 256 one nibble lower, and the sum that begins at minus what
+that adds is right again; so a word of eight numbers costs four shifts and eight masks.
+
+Letters: N outputs, K inputs, G of a group; A runs of a row's bytes, of which a thread has one each.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama.checkpoint.packed import Packed
+from llama.cuda.launch import wait
+
+Weight = Tensor | Packed
+PLAIN, INT8, FP8, INT4 = (tl.constexpr(i) for i in range(4))
+_KINDS = {"int8": INT8, "fp8": FP8, "int4": INT4}
+
+
+class Source(NamedTuple):
+    """A weight as kernels get it."""
+
+    weight: Tensor
+    scale: Tensor
+    offset: Tensor
+    kind: tl.constexpr
+    group: int
+
+
+def kind_of(weight: Weight) -> str:
+    """Its name in the tables of tuning.py: "" of plain numbers."""
+    return weight.format.kind if isinstance(weight, Packed) else ""
+
+
+def source(weight: Weight) -> Source:
+    if isinstance(weight, Tensor):
+        return Source(weight, weight, weight, PLAIN, 0)
+    format = weight.format
+    offset = weight.scale if weight.offset is None else weight.offset
+    return Source(weight.weight, weight.scale, offset, _KINDS[format.kind], format.group)
+
+
+@triton.jit
+def inside(c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
+    """Which columns of a tile that begins at `start` are in the row: one answer, or one each."""
+    if K % BLOCK_K == 0:
+        return start + tl.zeros_like(c) < K
+    return start + c < K
+
+
+@triton.jit
+def there(real, c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
+    """The mask of a tile of weights: its rows and its columns."""
+    return real & inside(c, start, K, BLOCK_K)[None, :]
+
+
+# ---- one row
+
+
+@triton.jit
+def by_number(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    x, w, gain, row, real, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: ANN001
+    NORM: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Sums of rows `row` of plain weights times x, (BLOCK_N, A), and of the squares of x, (A,)."""
+    c = tl.arange(0, BLOCK_K)
+    at = w + row[:, None] * K + c[None, :]
+    real = real[:, None]
+    WIDE: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth  # what a thread loads at once
+    tile = tl.load(at, mask=there(real, c, 0, K, BLOCK_K), other=0.0)
+    second = tile
+    if AHEAD > 1:
+        second = tl.load(at + BLOCK_K, mask=there(real, c, BLOCK_K, K, BLOCK_K), other=0.0)
+    wait(OVERLAP)
+    total = tl.zeros((BLOCK_N, BLOCK_K // WIDE), tl.float32)
+    squares = tl.zeros((BLOCK_K // WIDE,), tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        later = start + AHEAD * BLOCK_K
+        after = tl.load(at + later, mask=there(real, c, later, K, BLOCK_K), other=0.0)
+        here = inside(c, start, K, BLOCK_K)
+        xs = tl.load(x + start + c, mask=here, other=0.0).to(tl.float32)
+        if NORM:
+            squares += tl.sum(tl.reshape(xs * xs, (BLOCK_K // WIDE, WIDE)), 1)
+            xs *= tl.load(gain + start + c, mask=here, other=0.0).to(tl.float32)
+        terms = tl.reshape(tile.to(tl.float32) * xs[None, :], (BLOCK_N, BLOCK_K // WIDE, WIDE))
+        total += tl.sum(terms, 2)
+        if AHEAD > 1:
+            tile, second = second, after
+        else:
+            tile = after
+    return total, squares
+
+
+@triton.jit
+def _eight(x, gain, c, squares, start, K: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """Inputs c (A, 8) of a tile, times the norm's weight, and the sums of their squares."""
+    here = inside(c, start, K, BLOCK_K)
+    xs = tl.load(x + start + c, mask=here, other=0.0).to(tl.float32)
+    if NORM:
+        squares += tl.sum(xs * xs, 1)
+        xs *= tl.load(gain + start + c, mask=here, other=0.0).to(tl.float32)
+    return xs, squares
+
+
+# ---- one row: int8 and fp8
+
+
+@triton.jit
+def by_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    x, w, gain, row, real, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: ANN001
+    NORM: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Sums (BLOCK_N, A) over unscaled numbers of rows `row`, and of the squares of x (A,)."""
+    A: tl.constexpr = BLOCK_K // 16
+    a = tl.arange(0, A)[:, None] * 16
+    c = (a + tl.arange(0, 16)[None, :])[None]
+    at = w + row[:, None, None] * K + c
+    real = real[:, None, None]
+    tile = tl.load(at, mask=real & inside(c, 0, K, BLOCK_K), other=0.0)
+    wait(OVERLAP)
+    total = tl.zeros((BLOCK_N, A), tl.float32)
+    squares = tl.zeros((A,), tl.float32)
+    i = a + tl.arange(0, 8)[None, :]
+    for start in tl.range(0, K, BLOCK_K):
+        later = start + BLOCK_K
+        after = tl.load(at + later, mask=real & inside(c, later, K, BLOCK_K), other=0.0)
+        halves = tl.permute(tl.reshape(tile, (BLOCK_N, A, 2, 8)), (0, 1, 3, 2))
+        left, right = tl.split(halves)  # (BLOCK_N, A, 8) each
+        xs, squares = _eight(x, gain, i, squares, start, K, BLOCK_K, NORM)
+        total += tl.sum(left.to(tl.float32) * xs[None], 2)
+        xs, squares = _eight(x, gain, i + 8, squares, start, K, BLOCK_K, NORM)
+        total += tl.sum(right.to(tl.float32) * xs[None], 2)
+        tile = after
+    return total, squares
+
+
+# ---- one row: int4
+
+
+@triton.jit
+def _halves(x, A: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """The first and the second half of each row of x (A, SIZE)."""
+    return tl.split(tl.permute(tl.reshape(x, (A, 2, SIZE // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _byte(sums, shifted, low, high):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """Add a byte's two numbers times their inputs; its bits are 15 to 22 of `shifted`. Where the
+    compiler knows both constants of `(a & b) | c` it takes two instructions for it."""
+    zero = tl.program_id(2)
+    q = ((shifted & 0x78000) | (0x43800000 + zero)).to(tl.float32, bitcast=True)  # 256 + low
+    sums += q * low[None, :]
+    q = ((shifted & 0x780000) | (0x41800000 + zero)).to(tl.float32, bitcast=True)  # 16 + high
+    return sums + q * high[None, :]
+
+
+@triton.jit
+def _word(sums, word, low, high, A: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """Add the eight numbers of each word (BLOCK_N, A) times low and high (A, 4)."""
+    low01, low23 = _halves(low, A, 4)
+    high01, high23 = _halves(high, A, 4)
+    low0, low1 = tl.split(low01)
+    high0, high1 = tl.split(high01)
+    sums = _byte(sums, word << 15, low0, high0)
+    sums = _byte(sums, word << 7, low1, high1)
+    low2, low3 = tl.split(low23)
+    high2, high3 = tl.split(high23)
+    sums = _byte(sums, word >> 1, low2, high2)
+    return _byte(sums, word >> 9, low3, high3)
+
+
+@triton.jit
+def _words(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    x, gain, pair, c, sums, plain, squares, start,  # noqa: ANN001
+    K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, A: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
+    """Add two words of each run, (BLOCK_N, A, 2), to `sums`, and their inputs to `plain` (A,)."""
+    low, squares = _eight(x, gain, c, squares, start, K, BLOCK_K, NORM)
+    high, squares = _eight(x, gain, c + GROUP // 2, squares, start, K, BLOCK_K, NORM)
+    lows, highs = tl.sum(low, 1), tl.sum(high, 1)
+    plain += lows + highs
+    sums -= (256.0 * lows + 16.0 * highs)[None, :]
+    first, second = tl.split(pair)
+    low0, low1 = _halves(low, A, 8)
+    high0, high1 = _halves(high, A, 8)
+    sums = _word(sums, first, low0, high0, A)
+    return _word(sums, second, low1, high1, A), plain, squares
+
+
+@triton.jit
+def by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    x, w, scale, offset, gain, row, real, K: tl.constexpr, BLOCK_N: tl.constexpr,  # noqa: ANN001
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """`by_row` of int4, scaled; w holds words of four bytes. A run of bytes is in one group, so a
+    thread's numbers share their scale, which comes one tile ahead as they do."""
+    RUN: tl.constexpr = 16 if GROUP > 16 else 8
+    A: tl.constexpr = BLOCK_K // (2 * RUN)
+    a = tl.arange(0, A)
+    words = (a[:, None] * (RUN // 4) + tl.arange(0, RUN // 4)[None, :])[None]
+    at = w + row[:, None, None] * (K // 8) + words
+    group = row[:, None] * (K // GROUP) + (a // (GROUP // 2 // RUN))[None, :]
+    real3, real = real[:, None, None], real[:, None]
+    tile = tl.load(at, mask=real3 & inside(words, 0, K // 8, BLOCK_K // 8), other=0)
+    here = there(real, a * 2 * RUN, 0, K, BLOCK_K)
+    s = tl.load(scale + group, mask=here, other=0.0)
+    o = tl.load(offset + group, mask=here, other=0.0)
+    wait(OVERLAP)
+    total = tl.zeros((BLOCK_N, A), tl.float32)
+    squares = tl.zeros((A,), tl.float32)
+    byte = a[:, None] * RUN + tl.arange(0, 8)[None, :]
+    c = byte // (GROUP // 2) * GROUP + byte % (GROUP // 2)  # the input of its low nibble
+    for start in tl.range(0, K, BLOCK_K):
+        later = start + BLOCK_K
+        here = real3 & inside(words, later // 8, K // 8, BLOCK_K // 8)
+        after = tl.load(at + later // 8, mask=here, other=0)
+        here = there(real, a * 2 * RUN, later, K, BLOCK_K)
+        s_after = tl.load(scale + group + later // GROUP, mask=here, other=0.0)
+        o_after = tl.load(offset + group + later // GROUP, mask=here, other=0.0)
+        sums = tl.zeros((BLOCK_N, A), tl.float32)
+        plain = tl.zeros((A,), tl.float32)
+        if RUN == 8:
+            sums, plain, squares = _words(
+                x, gain, tile, c, sums, plain, squares, start, K, BLOCK_K, GROUP, A, NORM
+            )
+        else:
+            pairs = tl.permute(tl.reshape(tile, (BLOCK_N, A, 2, 2)), (0, 1, 3, 2))
+            left, right = tl.split(pairs)
+            sums, plain, squares = _words(
+                x, gain, left, c, sums, plain, squares, start, K, BLOCK_K, GROUP, A, NORM
+            )
+            sums, plain, squares = _words(
+                x, gain, right, c + 8, sums, plain, squares, start, K, BLOCK_K, GROUP, A, NORM
+            )
+        total += sums * s.to(tl.float32) + plain[None, :] * o.to(tl.float32)
+        tile, s, o = after, s_after, o_after
+    return total, squares
+
+
+# ---- tensor cores
+
+
+@triton.jit
+def group_numbers(at, row, real, begin, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
+    """Scales or offsets (BLOCK_N, BLOCK_K / G) of a tile of int4."""
+    g = tl.arange(0, BLOCK_K // GROUP)
+    here = real & inside(g, begin // GROUP, K // GROUP, BLOCK_K // GROUP)[None, :]
+    return tl.load(at + row[:, None] * (K // GROUP) + begin // GROUP + g[None, :], mask=here, other=0.0)
+
+
+@triton.jit
+def spread(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
+    """A number of each group (BLOCK_N, BLOCK_K / G) for each of its bytes (BLOCK_N, BLOCK_K / 2)."""
+    each = tl.broadcast_to(x.to(tl.float32)[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP // 2))
+    return tl.reshape(each, (BLOCK_N, BLOCK_K // 2))
+
+
+@triton.jit
+def nibbles(tile, s, o):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
+    """The numbers of the low and of the high halves of bytes, float32, as Packed.unpack has them."""
+    return (tile & 15).to(tl.float32) * s + o, (tile >> 4).to(tl.float32) * s + o
+
+
+@triton.jit
+def _inputs(x, r, rows, c, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """Inputs c of rows r: (len(c), RP)."""
+    here = (r < rows)[None, :]
+    if K % BLOCK_K:
+        here = here & (c < K)[:, None]
+    return tl.load(x + r[None, :] * K + c[:, None], mask=here, other=0.0)
+
+
+@triton.jit
+def tile_by_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    x, w, r, rows, row, real, begin, end, K: tl.constexpr, RP: tl.constexpr,  # noqa: ANN001
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Inputs begin to end of rows r times plain or unscaled weights: (BLOCK_N, RP)."""
+    at = w + row[:, None] * K
+    wait(OVERLAP)
+    y = tl.zeros((BLOCK_N, RP), tl.float32)
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        c = start + tl.arange(0, BLOCK_K)
+        here = real
+        if K % BLOCK_K:
+            here = here & (c < K)[None, :]
+        tile = tl.load(at + c[None, :], mask=here, other=0.0, eviction_policy="evict_first")
+        xs = _inputs(x, r, rows, c, K, BLOCK_K)
+        y = tl.dot(tile.to(xs.dtype), xs, y, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def tile_by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    x, w, scale, offset, r, rows, row, real, begin, end, K: tl.constexpr, RP: tl.constexpr,  # noqa: ANN001
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The same of int4: low halves of bytes and high halves, each with their inputs. Scales, too
+    small to be brought to shared memory while a tile is worked on, are loaded one tile ahead."""
+    HALF: tl.constexpr = GROUP // 2
+    at = w + row[:, None] * (K // 2)
+    s = group_numbers(scale, row, real, begin, K, BLOCK_K, GROUP)
+    o = group_numbers(offset, row, real, begin, K, BLOCK_K, GROUP)
+    wait(OVERLAP)
+    y = tl.zeros((BLOCK_N, RP), tl.float32)
+    byte = tl.arange(0, BLOCK_K // 2)
+    low = byte // HALF * GROUP + byte % HALF  # the input of its low half
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        b, c = start // 2 + byte, start + low
+        here = real
+        if K % BLOCK_K:
+            here = here & (b < K // 2)[None, :]
+        tile = tl.load(at + b[None, :], mask=here, other=0, eviction_policy="evict_first")
+        lows = _inputs(x, r, rows, c, K, BLOCK_K)
+        highs = _inputs(x, r, rows, c + HALF, K, BLOCK_K)
+        first, second = nibbles(
+            tile, spread(s, BLOCK_N, BLOCK_K, GROUP), spread(o, BLOCK_N, BLOCK_K, GROUP)
+        )
+        y = tl.dot(first.to(lows.dtype), lows, y, input_precision="ieee")
+        y = tl.dot(second.to(highs.dtype), highs, y, input_precision="ieee")
+        s = group_numbers(scale, row, real, start + BLOCK_K, K, BLOCK_K, GROUP)
+        o = group_numbers(offset, row, real, start + BLOCK_K, K, BLOCK_K, GROUP)
+    return y
