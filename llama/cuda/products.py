@@ -128,20 +128,19 @@ def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n, real = _outputs(j, n_outputs, EPILOGUE).to(tl.int64), j < n_outputs
     if KIND == PLAIN:
-        total, squares = by_number(x, w, gain, n, real, K, BLOCK_N, BLOCK_K, NORM, AHEAD, OVERLAP)
+        y, squares = by_number(x, w, gain, n, real, K, BLOCK_N, BLOCK_K, NORM, AHEAD, OVERLAP)
     elif KIND == INT4:
-        total, squares = by_group(
+        y, squares = by_group(
             x, w, scale, offset, gain, n, real, K, BLOCK_N, BLOCK_K, GROUP, NORM, OVERLAP
         )
     else:
-        total, squares = by_row(x, w, gain, n, real, K, BLOCK_N, BLOCK_K, NORM, OVERLAP)
+        y, squares = by_row(x, w, gain, n, real, K, BLOCK_N, BLOCK_K, NORM, OVERLAP)
     if LATE:
         allow(OVERLAP)
-    y = tl.sum(total, 1)
     if KIND == INT8 or KIND == FP8:  # noqa: SIM109,PLR1714 (Triton)
         y *= tl.load(scale + n, mask=real, other=0.0)
     if NORM:
-        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        y *= tl.rsqrt(squares / K + eps)
     _finish(
         y[:, None], tl.program_id(0) * BLOCK_N, tl.arange(0, 1), 1, n_outputs, out, cos, sin, slots,
         positions, k, v, EPILOGUE, BLOCK_N, 1, HEADS, KV_HEADS, E, T,

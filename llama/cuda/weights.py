@@ -67,7 +67,7 @@ def by_number(  # type: ignore[no-untyped-def]  # noqa: ANN201
     x, w, gain, row, real, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: ANN001
     NORM: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Sums of rows `row` of plain weights times x, (BLOCK_N, A), and of the squares of x, (A,)."""
+    """Products (BLOCK_N,) of rows `row` of plain weights and x, and the sum of the squares of x."""
     c = tl.arange(0, BLOCK_K)
     at = w + row[:, None] * K + c[None, :]
     real = real[:, None]
@@ -93,7 +93,7 @@ def by_number(  # type: ignore[no-untyped-def]  # noqa: ANN201
             tile, second = second, after
         else:
             tile = after
-    return total, squares
+    return tl.sum(total, 1), tl.sum(squares, 0)
 
 
 @triton.jit
@@ -115,28 +115,28 @@ def by_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
     x, w, gain, row, real, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: ANN001
     NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Sums (BLOCK_N, A) over unscaled numbers of rows `row`, and of the squares of x (A,)."""
+    """`by_number` of int8 or fp8, not scaled."""
     A: tl.constexpr = BLOCK_K // 16
     a = tl.arange(0, A)[:, None] * 16
-    c = (a + tl.arange(0, 16)[None, :])[None]
-    at = w + row[:, None, None] * K + c
-    real = real[:, None, None]
+    c = (a + tl.arange(0, 16)[None, :])[:, None, :]
+    at = w + row[None, :, None] * K + c
+    real = real[None, :, None]
     tile = tl.load(at, mask=real & inside(c, 0, K, BLOCK_K), other=0.0)
     wait(OVERLAP)
-    total = tl.zeros((BLOCK_N, A), tl.float32)
+    total = tl.zeros((A, BLOCK_N), tl.float32)
     squares = tl.zeros((A,), tl.float32)
     i = a + tl.arange(0, 8)[None, :]
     for start in tl.range(0, K, BLOCK_K):
         later = start + BLOCK_K
         after = tl.load(at + later, mask=real & inside(c, later, K, BLOCK_K), other=0.0)
-        halves = tl.permute(tl.reshape(tile, (BLOCK_N, A, 2, 8)), (0, 1, 3, 2))
-        left, right = tl.split(halves)  # (BLOCK_N, A, 8) each
+        halves = tl.permute(tl.reshape(tile, (A, BLOCK_N, 2, 8)), (0, 1, 3, 2))
+        left, right = tl.split(halves)  # (A, BLOCK_N, 8) each
         xs, squares = _eight(x, gain, i, squares, start, K, BLOCK_K, NORM)
-        total += tl.sum(left.to(tl.float32) * xs[None], 2)
+        total += tl.sum(left.to(tl.float32) * xs[:, None, :], 2)
         xs, squares = _eight(x, gain, i + 8, squares, start, K, BLOCK_K, NORM)
-        total += tl.sum(right.to(tl.float32) * xs[None], 2)
+        total += tl.sum(right.to(tl.float32) * xs[:, None, :], 2)
         tile = after
-    return total, squares
+    return tl.sum(total, 0), tl.sum(squares, 0)
 
 
 # ---- one row: int4
@@ -154,14 +154,14 @@ def _byte(sums, shifted, low, high):  # type: ignore[no-untyped-def]  # noqa: AN
     compiler knows both constants of `(a & b) | c` it takes two instructions for it."""
     zero = tl.program_id(2)
     q = ((shifted & 0x78000) | (0x43800000 + zero)).to(tl.float32, bitcast=True)  # 256 + low
-    sums += q * low[None, :]
+    sums += q * low[:, None]
     q = ((shifted & 0x780000) | (0x41800000 + zero)).to(tl.float32, bitcast=True)  # 16 + high
-    return sums + q * high[None, :]
+    return sums + q * high[:, None]
 
 
 @triton.jit
 def _word(sums, word, low, high, A: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
-    """Add the eight numbers of each word (BLOCK_N, A) times low and high (A, 4)."""
+    """Add the eight numbers of each word (A, BLOCK_N) times low and high (A, 4)."""
     low01, low23 = _halves(low, A, 4)
     high01, high23 = _halves(high, A, 4)
     low0, low1 = tl.split(low01)
@@ -179,12 +179,12 @@ def _words(  # type: ignore[no-untyped-def]  # noqa: ANN202
     x, gain, pair, c, sums, plain, squares, start,  # noqa: ANN001
     K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, A: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
-    """Add two words of each run, (BLOCK_N, A, 2), to `sums`, and their inputs to `plain` (A,)."""
+    """Add two words of each run, (A, BLOCK_N, 2), to `sums`, and their inputs to `plain` (A,)."""
     low, squares = _eight(x, gain, c, squares, start, K, BLOCK_K, NORM)
     high, squares = _eight(x, gain, c + GROUP // 2, squares, start, K, BLOCK_K, NORM)
     lows, highs = tl.sum(low, 1), tl.sum(high, 1)
     plain += lows + highs
-    sums -= (256.0 * lows + 16.0 * highs)[None, :]
+    sums -= (256.0 * lows + 16.0 * highs)[:, None]
     first, second = tl.split(pair)
     low0, low1 = _halves(low, A, 8)
     high0, high1 = _halves(high, A, 8)
@@ -197,21 +197,22 @@ def by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
     x, w, scale, offset, gain, row, real, K: tl.constexpr, BLOCK_N: tl.constexpr,  # noqa: ANN001
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """`by_row` of int4, scaled; w holds words of four bytes. A run of bytes is in one group, so a
+    """`by_number` of int4; w holds words of four bytes. A run of bytes is in one group, so a
     thread's numbers share their scale, which comes one tile ahead as they do."""
     RUN: tl.constexpr = 16 if GROUP > 16 else 8
     A: tl.constexpr = BLOCK_K // (2 * RUN)
     a = tl.arange(0, A)
-    words = (a[:, None] * (RUN // 4) + tl.arange(0, RUN // 4)[None, :])[None]
-    at = w + row[:, None, None] * (K // 8) + words
-    group = row[:, None] * (K // GROUP) + (a // (GROUP // 2 // RUN))[None, :]
-    real3, real = real[:, None, None], real[:, None]
+    words = (a[:, None] * (RUN // 4) + tl.arange(0, RUN // 4)[None, :])[:, None, :]
+    at = w + row[None, :, None] * (K // 8) + words
+    group = (a // (GROUP // 2 // RUN))[:, None] + row[None, :] * (K // GROUP)
+    real3, real = real[None, :, None], real[None, :]
+    run = a[:, None] * (2 * RUN)
     tile = tl.load(at, mask=real3 & inside(words, 0, K // 8, BLOCK_K // 8), other=0)
-    here = there(real, a * 2 * RUN, 0, K, BLOCK_K)
+    here = real & inside(run, 0, K, BLOCK_K)
     s = tl.load(scale + group, mask=here, other=0.0)
     o = tl.load(offset + group, mask=here, other=0.0)
     wait(OVERLAP)
-    total = tl.zeros((BLOCK_N, A), tl.float32)
+    total = tl.zeros((A, BLOCK_N), tl.float32)
     squares = tl.zeros((A,), tl.float32)
     byte = a[:, None] * RUN + tl.arange(0, 8)[None, :]
     c = byte // (GROUP // 2) * GROUP + byte % (GROUP // 2)  # the input of its low nibble
@@ -219,17 +220,17 @@ def by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
         later = start + BLOCK_K
         here = real3 & inside(words, later // 8, K // 8, BLOCK_K // 8)
         after = tl.load(at + later // 8, mask=here, other=0)
-        here = there(real, a * 2 * RUN, later, K, BLOCK_K)
+        here = real & inside(run, later, K, BLOCK_K)
         s_after = tl.load(scale + group + later // GROUP, mask=here, other=0.0)
         o_after = tl.load(offset + group + later // GROUP, mask=here, other=0.0)
-        sums = tl.zeros((BLOCK_N, A), tl.float32)
+        sums = tl.zeros((A, BLOCK_N), tl.float32)
         plain = tl.zeros((A,), tl.float32)
         if RUN == 8:
             sums, plain, squares = _words(
                 x, gain, tile, c, sums, plain, squares, start, K, BLOCK_K, GROUP, A, NORM
             )
         else:
-            pairs = tl.permute(tl.reshape(tile, (BLOCK_N, A, 2, 2)), (0, 1, 3, 2))
+            pairs = tl.permute(tl.reshape(tile, (A, BLOCK_N, 2, 2)), (0, 1, 3, 2))
             left, right = tl.split(pairs)
             sums, plain, squares = _words(
                 x, gain, left, c, sums, plain, squares, start, K, BLOCK_K, GROUP, A, NORM
@@ -237,9 +238,9 @@ def by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
             sums, plain, squares = _words(
                 x, gain, right, c + 8, sums, plain, squares, start, K, BLOCK_K, GROUP, A, NORM
             )
-        total += sums * s.to(tl.float32) + plain[None, :] * o.to(tl.float32)
+        total += sums * s.to(tl.float32) + plain[:, None] * o.to(tl.float32)
         tile, s, o = after, s_after, o_after
-    return total, squares
+    return tl.sum(total, 0), tl.sum(squares, 0)
 
 
 # ---- tensor cores
