@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.checkpoint.packed import Packed
+from llama.cuda import launch
 from llama.cuda.launch import wait
 
 Weight = Tensor | Packed
 PLAIN, INT8, FP8, INT4 = (tl.constexpr(i) for i in range(4))
+INTERPRETED = tl.constexpr(launch.INTERPRETED)  # which has no inline assembly
 _KINDS = {"int8": INT8, "fp8": FP8, "int4": INT4}
 
 
@@ -149,14 +151,23 @@ def _halves(x, A: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit
+def _masked(x, MASK: tl.constexpr, ONES: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """The float with the bits `x & MASK | ONES`, in one instruction: the compiler takes two."""
+    if INTERPRETED:
+        bits = (x & MASK) | ONES
+    else:
+        bits = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [x, MASK, ONES],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _byte(sums, shifted, low, high):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
-    """Add a byte's two numbers times their inputs; its bits are 15 to 22 of `shifted`. Where the
-    compiler knows both constants of `(a & b) | c` it takes two instructions for it."""
-    zero = tl.program_id(2)
-    q = ((shifted & 0x78000) | (0x43800000 + zero)).to(tl.float32, bitcast=True)  # 256 + low
-    sums += q * low[:, None]
-    q = ((shifted & 0x780000) | (0x41800000 + zero)).to(tl.float32, bitcast=True)  # 16 + high
-    return sums + q * high[:, None]
+    """Add a byte's two numbers times their inputs; its bits are 15 to 22 of `shifted`."""
+    sums += _masked(shifted, 0x78000, 0x43800000) * low[:, None]  # 256 + its low half
+    return sums + _masked(shifted, 0x780000, 0x41800000) * high[:, None]  # 16 + its high half
 
 
 @triton.jit
