@@ -339,3 +339,24 @@ def tile_by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
         s = group_numbers(scale, row, real, start + BLOCK_K, K, BLOCK_K, GROUP)
         o = group_numbers(offset, row, real, start + BLOCK_K, K, BLOCK_K, GROUP)
     return y
+
+
+# ---- a table
+
+
+@triton.jit
+def table_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    table, scale, offset, row, d, D: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr  # noqa: ANN001
+):  # fmt: skip
+    """Numbers d of a table's row: plain ones in its dtype, packed ones in float32."""
+    if KIND == PLAIN:
+        return tl.load(table + row * D + d, mask=d < D)
+    elif KIND == INT4:  # noqa: RET505 (Triton)
+        HALF: tl.constexpr = GROUP // 2
+        bytes = tl.load(table + (row * D // 2 + d // GROUP * HALF + d % HALF), mask=d < D, other=0)
+        q = (bytes >> (d % GROUP // HALF * 4).to(tl.uint8)) & 15
+        group = row * (D // GROUP) + d // GROUP
+        s = tl.load(scale + group, mask=d < D, other=0.0).to(tl.float32)
+        return q.to(tl.float32) * s + tl.load(offset + group, mask=d < D, other=0.0).to(tl.float32)
+    else:
+        return tl.load(table + row * D + d, mask=d < D, other=0.0).to(tl.float32) * tl.load(scale + row)
