@@ -159,9 +159,7 @@ class FlatForward:
     @torch.no_grad()
     def logits(self, h: Tensor) -> Tensor:
         """Logits (M, V) in float32 of states (M, D)."""
-        out = torch.empty(
-            len(h), self.output.shape[0], dtype=torch.float32, device=h.device
-        )
+        out = torch.empty(len(h), self.output.shape[0], dtype=torch.float32, device=h.device)
         return self.logits_into(h, out)[..., : self.model.params.vocab_size]
 
     def logits_into(self, h: Tensor, out: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.cuda.launch import allow, overlap
+from llama.cuda.tiles import tile_by_group, tile_by_row
 from llama.cuda.tuning import OneRow, SomeRows, one_row_blocks, some_rows_blocks
 from llama.cuda.weights import (
     FP8,
@@ -30,8 +31,6 @@ from llama.cuda.weights import (
     by_row,
     kind_of,
     source,
-    tile_by_group,
-    tile_by_row,
 )
 
 STORE, ADD, GATE, ROTATE = (tl.constexpr(i) for i in range(4))
@@ -137,7 +136,7 @@ def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
         y, squares = by_row(x, w, gain, n, real, K, BLOCK_N, BLOCK_K, NORM, OVERLAP)
     if LATE:
         allow(OVERLAP)
-    if KIND == INT8 or KIND == FP8:  # noqa: SIM109,PLR1714 (Triton)
+    if KIND == INT8 or KIND == FP8:  # noqa: SIM109 (Triton)
         y *= tl.load(scale + n, mask=real, other=0.0)
     if NORM:
         y *= tl.rsqrt(squares / K + eps)
@@ -193,7 +192,7 @@ def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
             for i in tl.static_range(SPLIT):
                 y += tl.load(theirs + i * (BLOCK_N * RP) + cell, cache_modifier=".cg")
     if last:
-        if KIND == INT8 or KIND == FP8:  # noqa: SIM109,PLR1714 (Triton)
+        if KIND == INT8 or KIND == FP8:  # noqa: SIM109 (Triton)
             y *= tl.load(scale + n, mask=j < n_outputs, other=0.0)[:, None]
         _finish(
             y, first, r, rows, n_outputs, out, cos, sin, slots, positions, k, v,
@@ -225,8 +224,8 @@ class Products:
         STORE: out (R, N), of any float dtype. ADD: added to out (R, N). GATE: the weight is w1 over
         w3, out (R, N / 2) is silu(w1 x) * w3 x. ROTATE: the weight is wq over wk over wv, out (R,
         H, E) are the rotated queries, and `rotation` says where keys and values go. `norm` (weight,
-        eps) is that of x, for a single row. `blocks` overrules the table of tuning.py. Packed weights
-        are read as they are.
+        eps) is that of x, for a single row. Packed weights are read as they are. `blocks` overrules
+        the table of tuning.py.
         """
         rows, inputs = x.shape
         outputs = weight.shape[0]
@@ -244,7 +243,9 @@ class Products:
             one = blocks or one_row_blocks(outputs, inputs, kind)
             assert isinstance(one, OneRow), one
             assert one.ahead == 1 or not kind, "packed weights are one tile ahead"
-            words = read.weight.view(torch.int32) if kind == "int4" else read.weight
+            words = read.weight
+            if kind in ("int8", "int4") and inputs % 8 == 0:
+                words = words.view(torch.int32)
             gain, eps = norm or (x, 0.0)
             _one_row[(triton.cdiv(outputs, one.block_n),)](
                 x, words, read.scale, read.offset, gain, eps, outputs, out, *where, longest,

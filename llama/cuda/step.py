@@ -165,8 +165,10 @@ class CapturedStep:
         self.attend = DecodeAttention(max_rows, heads, kv_heads, args.head_dim, device)
         self.forward = FlatForward(model, self.attend)
         embedding = model.tok_embeddings
-        quantized = isinstance(embedding, QuantizedEmbedding)
-        self.table: Weight = embedding.packed if quantized else embedding.get_parameter("weight")
+        if isinstance(embedding, QuantizedEmbedding):
+            self.table: Weight = embedding.packed
+        else:
+            self.table = embedding.get_parameter("weight")
         self.products = Products(device)
         self._reserve()
         self.scratch = Scratch(self.forward, max_rows)

@@ -40,10 +40,13 @@ def power_of_two(n: int) -> int:
 
 
 def one_row_blocks(outputs: int, inputs: int, kind: str = "") -> OneRow:
-    """`kind` is that of a packed weight; what packed ones get is a guess."""
+    """`kind` is that of a packed weight, "" of a plain one. Where a row of a packed tile has 16
+    bytes for each thread, inputs need not be exchanged; what it gets otherwise is a guess."""
     if kind:
-        most = 4096 if kind == "int4" else 2048
-        return OneRow(8, min(most // 2, max(128, power_of_two(inputs))), 4)
+        block = 4096 if kind == "int4" else 2048
+        if inputs % block == 0:
+            return OneRow(4 if kind == "int4" else 2, block, 4)
+        return OneRow(4, min(block // 2, max(128, power_of_two(inputs))), 2)
     if inputs > 8192:
         return OneRow(2, 1024, 4, late=False)
     if inputs >= 2048 and outputs >= 16384:

@@ -1,6 +1,7 @@
 """How a product reads its weight: as plain numbers, or packed in one of the ways of packed.py.
 
-Loops for a single row, and tiles for the tensor cores; knows no epilogue. The surprising thing: an
+Loops for a single row, and rows of a table; tiles.py has those of more rows, and products.py the
+epilogues. The surprising thing: an
 int4 is made a float without being converted. Its four bits become the first ones of a float's
 fraction, which then says q + 16, or q + 256 one nibble lower, and the sum that begins at minus what
 that adds is right again; so a word of eight numbers costs four shifts and eight masks.
@@ -109,7 +110,51 @@ def _eight(x, gain, c, squares, start, K: tl.constexpr, BLOCK_K: tl.constexpr, N
     return xs, squares
 
 
+@triton.jit
+def _halves(x, A: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """The first and the second half of each row of x (A, SIZE)."""
+    return tl.split(tl.permute(tl.reshape(x, (A, 2, SIZE // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def masked(x, MASK: tl.constexpr, ONES: tl.constexpr, TABLE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
+    """The float with the bits `x & MASK | ONES`, or ^ by TABLE 0x6A, in one instruction: the
+    compiler takes two."""
+    if INTERPRETED:
+        bits = (x & MASK) | ONES if TABLE == 0xEA else (x & MASK) ^ ONES
+    else:
+        bits = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, $4;", "=r,r,r,r,n", [x, MASK, ONES, TABLE],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return bits.to(tl.float32, bitcast=True)
+
+
 # ---- one row: int8 and fp8
+
+
+@triton.jit
+def _sum8(sums, tile, xs, A: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """Add eight numbers of each run times xs (A, 8): fp8 (A, BLOCK_N, 8), or words of int8 (A,
+    BLOCK_N, 2), which become floats as nibbles do."""
+    if tile.dtype != tl.int32:
+        return sums + tl.sum(tile.to(tl.float32) * xs[:, None, :], 2)
+    sums -= (384.0 * tl.sum(xs, 1))[:, None]
+    first, second = tl.split(tile)
+    x0, x1 = _halves(xs, A, 8)
+    return _bytes(_bytes(sums, first, x0, A), second, x1, A)
+
+
+@triton.jit
+def _bytes(sums, word, xs, A: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """Add the four int8 of each word (A, BLOCK_N) times xs (A, 4)."""
+    x01, x23 = _halves(xs, A, 4)
+    x0, x1 = tl.split(x01)
+    x2, x3 = tl.split(x23)
+    sums += masked(word << 15, 0x7F8000, 0x43C00000, 0x6A) * x0[:, None]  # 384 + the number
+    sums += masked(word << 7, 0x7F8000, 0x43C00000, 0x6A) * x1[:, None]
+    sums += masked(word >> 1, 0x7F8000, 0x43C00000, 0x6A) * x2[:, None]
+    return sums + masked(word >> 9, 0x7F8000, 0x43C00000, 0x6A) * x3[:, None]
 
 
 @triton.jit
@@ -117,26 +162,29 @@ def by_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
     x, w, gain, row, real, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: ANN001
     NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """`by_number` of int8 or fp8, not scaled."""
+    """`by_number` of fp8 or of words of four int8, not scaled."""
     A: tl.constexpr = BLOCK_K // 16
-    a = tl.arange(0, A)[:, None] * 16
-    c = (a + tl.arange(0, 16)[None, :])[:, None, :]
-    at = w + row[None, :, None] * K + c
+    EACH: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8  # numbers of an element of w
+    RUN: tl.constexpr = 16 // EACH
+    a = tl.arange(0, A)[:, None]
+    c = (a * RUN + tl.arange(0, RUN)[None, :])[:, None, :]
+    at = w + row[None, :, None] * (K // EACH) + c
     real = real[None, :, None]
-    tile = tl.load(at, mask=real & inside(c, 0, K, BLOCK_K), other=0.0)
+    tile = tl.load(at, mask=real & inside(c, 0, K // EACH, BLOCK_K // EACH), other=0.0)
     wait(OVERLAP)
     total = tl.zeros((A, BLOCK_N), tl.float32)
     squares = tl.zeros((A,), tl.float32)
-    i = a + tl.arange(0, 8)[None, :]
+    i = a * 16 + tl.arange(0, 8)[None, :]
     for start in tl.range(0, K, BLOCK_K):
-        later = start + BLOCK_K
-        after = tl.load(at + later, mask=real & inside(c, later, K, BLOCK_K), other=0.0)
-        halves = tl.permute(tl.reshape(tile, (A, BLOCK_N, 2, 8)), (0, 1, 3, 2))
-        left, right = tl.split(halves)  # (A, BLOCK_N, 8) each
+        later = (start + BLOCK_K) // EACH
+        here = real & inside(c, later, K // EACH, BLOCK_K // EACH)
+        after = tl.load(at + later, mask=here, other=0.0)
+        halves = tl.permute(tl.reshape(tile, (A, BLOCK_N, 2, RUN // 2)), (0, 1, 3, 2))
+        left, right = tl.split(halves)  # (A, BLOCK_N, RUN / 2) each
         xs, squares = _eight(x, gain, i, squares, start, K, BLOCK_K, NORM)
-        total += tl.sum(left.to(tl.float32) * xs[:, None, :], 2)
+        total = _sum8(total, left, xs, A, BLOCK_N)
         xs, squares = _eight(x, gain, i + 8, squares, start, K, BLOCK_K, NORM)
-        total += tl.sum(right.to(tl.float32) * xs[:, None, :], 2)
+        total = _sum8(total, right, xs, A, BLOCK_N)
         tile = after
     return tl.sum(total, 0), tl.sum(squares, 0)
 
@@ -145,29 +193,10 @@ def by_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
 
 
 @triton.jit
-def _halves(x, A: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
-    """The first and the second half of each row of x (A, SIZE)."""
-    return tl.split(tl.permute(tl.reshape(x, (A, 2, SIZE // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _masked(x, MASK: tl.constexpr, ONES: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
-    """The float with the bits `x & MASK | ONES`, in one instruction: the compiler takes two."""
-    if INTERPRETED:
-        bits = (x & MASK) | ONES
-    else:
-        bits = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [x, MASK, ONES],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _byte(sums, shifted, low, high):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
     """Add a byte's two numbers times their inputs; its bits are 15 to 22 of `shifted`."""
-    sums += _masked(shifted, 0x78000, 0x43800000) * low[:, None]  # 256 + its low half
-    return sums + _masked(shifted, 0x780000, 0x41800000) * high[:, None]  # 16 + its high half
+    sums += masked(shifted, 0x78000, 0x43800000, 0xEA) * low[:, None]  # 256 + its low half
+    return sums + masked(shifted, 0x780000, 0x41800000, 0xEA) * high[:, None]  # 16 + its high half
 
 
 @triton.jit
@@ -254,93 +283,6 @@ def by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
     return tl.sum(total, 0), tl.sum(squares, 0)
 
 
-# ---- tensor cores
-
-
-@triton.jit
-def group_numbers(at, row, real, begin, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
-    """Scales or offsets (BLOCK_N, BLOCK_K / G) of a tile of int4."""
-    g = tl.arange(0, BLOCK_K // GROUP)
-    here = real & inside(g, begin // GROUP, K // GROUP, BLOCK_K // GROUP)[None, :]
-    return tl.load(at + row[:, None] * (K // GROUP) + begin // GROUP + g[None, :], mask=here, other=0.0)
-
-
-@triton.jit
-def spread(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
-    """A number of each group (BLOCK_N, BLOCK_K / G) for each of its bytes (BLOCK_N, BLOCK_K / 2)."""
-    each = tl.broadcast_to(x.to(tl.float32)[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP // 2))
-    return tl.reshape(each, (BLOCK_N, BLOCK_K // 2))
-
-
-@triton.jit
-def nibbles(tile, s, o):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
-    """The numbers of the low and of the high halves of bytes, float32, as Packed.unpack has them."""
-    return (tile & 15).to(tl.float32) * s + o, (tile >> 4).to(tl.float32) * s + o
-
-
-@triton.jit
-def _inputs(x, r, rows, c, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
-    """Inputs c of rows r: (len(c), RP)."""
-    here = (r < rows)[None, :]
-    if K % BLOCK_K:
-        here = here & (c < K)[:, None]
-    return tl.load(x + r[None, :] * K + c[:, None], mask=here, other=0.0)
-
-
-@triton.jit
-def tile_by_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    x, w, r, rows, row, real, begin, end, K: tl.constexpr, RP: tl.constexpr,  # noqa: ANN001
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Inputs begin to end of rows r times plain or unscaled weights: (BLOCK_N, RP)."""
-    at = w + row[:, None] * K
-    wait(OVERLAP)
-    y = tl.zeros((BLOCK_N, RP), tl.float32)
-    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        c = start + tl.arange(0, BLOCK_K)
-        here = real
-        if K % BLOCK_K:
-            here = here & (c < K)[None, :]
-        tile = tl.load(at + c[None, :], mask=here, other=0.0, eviction_policy="evict_first")
-        xs = _inputs(x, r, rows, c, K, BLOCK_K)
-        y = tl.dot(tile.to(xs.dtype), xs, y, input_precision="ieee")
-    return y
-
-
-@triton.jit
-def tile_by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    x, w, scale, offset, r, rows, row, real, begin, end, K: tl.constexpr, RP: tl.constexpr,  # noqa: ANN001
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """The same of int4: low halves of bytes and high halves, each with their inputs. Scales, too
-    small to be brought to shared memory while a tile is worked on, are loaded one tile ahead."""
-    HALF: tl.constexpr = GROUP // 2
-    at = w + row[:, None] * (K // 2)
-    s = group_numbers(scale, row, real, begin, K, BLOCK_K, GROUP)
-    o = group_numbers(offset, row, real, begin, K, BLOCK_K, GROUP)
-    wait(OVERLAP)
-    y = tl.zeros((BLOCK_N, RP), tl.float32)
-    byte = tl.arange(0, BLOCK_K // 2)
-    low = byte // HALF * GROUP + byte % HALF  # the input of its low half
-    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        b, c = start // 2 + byte, start + low
-        here = real
-        if K % BLOCK_K:
-            here = here & (b < K // 2)[None, :]
-        tile = tl.load(at + b[None, :], mask=here, other=0, eviction_policy="evict_first")
-        lows = _inputs(x, r, rows, c, K, BLOCK_K)
-        highs = _inputs(x, r, rows, c + HALF, K, BLOCK_K)
-        first, second = nibbles(
-            tile, spread(s, BLOCK_N, BLOCK_K, GROUP), spread(o, BLOCK_N, BLOCK_K, GROUP)
-        )
-        y = tl.dot(first.to(lows.dtype), lows, y, input_precision="ieee")
-        y = tl.dot(second.to(highs.dtype), highs, y, input_precision="ieee")
-        s = group_numbers(scale, row, real, start + BLOCK_K, K, BLOCK_K, GROUP)
-        o = group_numbers(offset, row, real, start + BLOCK_K, K, BLOCK_K, GROUP)
-    return y
-
-
 # ---- a table
 
 
@@ -351,7 +293,7 @@ def table_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
     """Numbers d of a table's row: plain ones in its dtype, packed ones in float32."""
     if KIND == PLAIN:
         return tl.load(table + row * D + d, mask=d < D)
-    elif KIND == INT4:  # noqa: RET505 (Triton)
+    elif KIND == INT4:
         HALF: tl.constexpr = GROUP // 2
         bytes = tl.load(table + (row * D // 2 + d // GROUP * HALF + d % HALF), mask=d < D, other=0)
         q = (bytes >> (d % GROUP // HALF * 4).to(tl.uint8)) & 15
@@ -359,4 +301,6 @@ def table_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
         s = tl.load(scale + group, mask=d < D, other=0.0).to(tl.float32)
         return q.to(tl.float32) * s + tl.load(offset + group, mask=d < D, other=0.0).to(tl.float32)
     else:
-        return tl.load(table + row * D + d, mask=d < D, other=0.0).to(tl.float32) * tl.load(scale + row)
+        return tl.load(table + row * D + d, mask=d < D, other=0.0).to(tl.float32) * tl.load(
+            scale + row
+        )
