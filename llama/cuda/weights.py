@@ -137,12 +137,14 @@ def masked(x, MASK: tl.constexpr, ONES: tl.constexpr, TABLE: tl.constexpr):  # t
 def _sum8(sums, tile, xs, A: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
     """Add eight numbers of each run times xs (A, 8): fp8 (A, BLOCK_N, 8), or words of int8 (A,
     BLOCK_N, 2), which become floats as nibbles do."""
-    if tile.dtype != tl.int32:
-        return sums + tl.sum(tile.to(tl.float32) * xs[:, None, :], 2)
-    sums -= (384.0 * tl.sum(xs, 1))[:, None]
-    first, second = tl.split(tile)
-    x0, x1 = _halves(xs, A, 8)
-    return _bytes(_bytes(sums, first, x0, A), second, x1, A)
+    if tile.dtype == tl.int32:
+        sums -= (384.0 * tl.sum(xs, 1))[:, None]
+        first, second = tl.split(tile)
+        x0, x1 = _halves(xs, A, 8)
+        sums = _bytes(_bytes(sums, first, x0, A), second, x1, A)
+    else:
+        sums += tl.sum(tile.to(tl.float32) * xs[:, None, :], 2)
+    return sums
 
 
 @triton.jit
