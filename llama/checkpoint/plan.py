@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.names import local_shape, shapes
+from llama.checkpoint.names import groups, local_shape, shapes
 from llama.checkpoint.packed import Format, local_format
 from llama.checkpoint.source import Checkpoint, mapped_parts
 from llama.model import ModelArgs
@@ -104,8 +104,22 @@ class Plan:
         return max(attention + self.workspace_per_key * self.max_seq_len, feed_forward, logits)
 
     @property
+    def unpacked(self) -> int:
+        """What a GPU's products of many rows unpack at once: a layer's largest packed storage.
+
+        Of the output matrix no more than 8192 rows; kernels are for one rank.
+        """
+        if self.device != "cuda" or self.ranks > 1 or not self.formats:
+            return 0
+        sizes = {name: prod(shape) for name, shape in shapes(self.args).items()}
+        sets = [group for group in groups(self.args) if group[0].startswith("layers.")]
+        layers = [sum(sizes[name] for name in group) for group in sets if group[0] in self.formats]
+        output = self.args.dim * min(8192, self.args.vocab_size)
+        return max([output, *layers]) * self.dtype.itemsize
+
+    @property
     def total(self) -> int:
-        return self.weights + self.cache + self.workspace
+        return self.weights + self.cache + self.workspace + self.unpacked
 
     @property
     def needed(self) -> int:
@@ -115,8 +129,8 @@ class Plan:
     def __str__(self) -> str:
         held = "weights (mapped)" if self.mapped else "weights"
         return (
-            f"{_gib(self.weights)} {held} + {_gib(self.cache)} cache + {_gib(self.workspace)} "
-            f"workspace = {_gib(self.total)}"
+            f"{_gib(self.weights)} {held} + {_gib(self.cache)} cache + "
+            f"{_gib(self.workspace + self.unpacked)} workspace = {_gib(self.total)}"
         )
 
     def longest(self, free: int) -> int:

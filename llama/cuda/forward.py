@@ -3,7 +3,7 @@
 What Transformer.hidden and .logits compute, with the weights that share an input joined into one
 product, norms, rotation, cache and gate as one kernel each, and all causal attention in one launch.
 It knows no requests. The surprising thing: residuals are added by the products themselves, which
-accumulate onto the states in place.
+accumulate onto the states in place. Packed weights are unpacked for each product, one at a time.
 
 Letters: N rows, D dim, H query heads and K key/value heads, E head size, F hidden size, M wanted
 logits, V vocabulary, R one-token sequences, P slots, T positions, X tiles.
@@ -17,22 +17,39 @@ import torch
 from torch import Tensor, nn
 
 from llama.cache import Batch, KVCache
+from llama.checkpoint.packed import Packed
 from llama.cuda.prefill import attend_runs, tile_table, tiling
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
+from llama.cuda.unpack import Unpacked
+from llama.cuda.weights import Weight
 from llama.model import Transformer, TransformerBlock, attend_decode
+from llama.quantization.linear import QuantizedLinear
 
 # Attention of sequences that bring one token: q (R, H, E), k_layer and v_layer (P, T, K, E),
 # slots (R,) int64, lengths (R,) int64, and out (R, H, E), which it writes.
 AttendOnes = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], object]
 
 
-def joined(modules: Sequence[nn.Module]) -> Tensor:
+OUTPUT_ROWS = 8192  # of a packed output matrix that are unpacked at once
+
+
+def joined(modules: Sequence[nn.Module]) -> Weight:
     """The weights of linear layers, one below the other: (sum of rows, in).
 
     A view where they lie so in one storage already. Elsewhere they are copied into a new one, and
     the layers' weights become views of that, so that nothing is held twice.
     """
-    weights = [module.get_parameter("weight").detach() for module in modules]
+    if not any(isinstance(module, QuantizedLinear) for module in modules):
+        return _joined(modules, "weight")
+    held = {str(m.packed.format) if isinstance(m, QuantizedLinear) else "plain" for m in modules}
+    assert len(held) == 1, held  # as checkpoint.load groups them
+    names = [name for name in Packed._fields if getattr(modules[0], name) is not None]
+    return Packed(*(_joined(modules, name) for name in names))
+
+
+def _joined(modules: Sequence[nn.Module], name: str) -> Tensor:
+    """`joined` of one of the layers' parameters, rows first."""
+    weights = [module.get_parameter(name).detach() for module in modules]
     sizes = [len(weight) for weight in weights]
     first = weights[0]
     starts = accumulate((weight.nbytes for weight in weights), initial=first.data_ptr())
@@ -42,10 +59,11 @@ def joined(modules: Sequence[nn.Module]) -> Tensor:
         and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         for weight, start in zip(weights, starts, strict=False)
     ):
-        return first.as_strided((sum(sizes), first.shape[1]), first.stride())
-    whole = torch.cat(weights)
+        return first.as_strided((sum(sizes), *first.shape[1:]), first.stride())
+    bits = [weight.view(torch.uint8) if weight.itemsize == 1 else weight for weight in weights]
+    whole = torch.cat(bits).view(first.dtype)  # torch joins no float8
     for module, part in zip(modules, torch.split(whole, sizes), strict=True):
-        module.weight = nn.Parameter(part, requires_grad=False)
+        setattr(module, name, nn.Parameter(part, requires_grad=False))
     return whole
 
 
@@ -53,11 +71,11 @@ class Block(NamedTuple):
     """The weights of one layer."""
 
     attention_norm: Tensor  # (D,)
-    wqkv: Tensor  # ((H + 2K) * E, D)
-    wo: Tensor  # (D, H * E)
+    wqkv: Weight  # ((H + 2K) * E, D)
+    wo: Weight  # (D, H * E)
     ffn_norm: Tensor  # (D,)
-    w13: Tensor  # (2F, D)
-    w2: Tensor  # (D, F)
+    w13: Weight  # (2F, D)
+    w2: Weight  # (D, F)
 
     @classmethod
     def of(cls, layer: TransformerBlock) -> "Block":
@@ -70,6 +88,9 @@ class Block(NamedTuple):
             joined([feed_forward.w1, feed_forward.w3]),
             joined([feed_forward.w2]),
         )
+
+    def products(self) -> tuple[Weight, Weight, Weight, Weight]:
+        return self.wqkv, self.wo, self.w13, self.w2
 
 
 class Step(NamedTuple):
@@ -101,6 +122,15 @@ class FlatForward:
         self.blocks = [Block.of(layer) for layer in model.layers]  # type: ignore[arg-type]
         weight = model.norm.weight
         self.cut = tiling(args.head_dim, weight.dtype, weight.device)
+        self.numbers = Unpacked(self._largest(), weight.dtype, weight.device)
+
+    def _largest(self) -> int:
+        """Numbers of the largest matrix that is unpacked at once."""
+        packed = [w for block in self.blocks for w in block.products() if isinstance(w, Packed)]
+        sizes = [w.shape[0] * w.shape[1] for w in packed]
+        if isinstance(self.output, Packed):
+            sizes.append(min(OUTPUT_ROWS, self.output.shape[0]) * self.output.shape[1])
+        return max(sizes, default=0)
 
     @torch.no_grad()
     def hidden(self, tokens: Tensor, positions: Tensor, batch: Batch, cache: KVCache) -> Tensor:
@@ -129,8 +159,17 @@ class FlatForward:
     @torch.no_grad()
     def logits(self, h: Tensor) -> Tensor:
         """Logits (M, V) in float32 of states (M, D)."""
-        out = self._product(h, self.output)
-        return out[..., : self.model.params.vocab_size].float()
+        out = torch.empty(len(h), self.output.shape[0], dtype=torch.float32, device=h.device)
+        return self.logits_into(h, out)[..., : self.model.params.vocab_size]
+
+    def logits_into(self, h: Tensor, out: Tensor) -> Tensor:
+        """Products (M, V) of states and the output matrix, rounded to their dtype, in `out`."""
+        if isinstance(self.output, Tensor):
+            return out.copy_(torch.mm(h, self.output.t()))
+        for low in range(0, out.shape[1], OUTPUT_ROWS):
+            some = self.numbers(self.output.rows(low, min(low + OUTPUT_ROWS, out.shape[1])))
+            out[:, low : low + OUTPUT_ROWS].copy_(torch.mm(h, some.t()))
+        return out
 
     def _attention(self, h: Tensor, x: Tensor, layer: int, block: Block, step: Step) -> None:
         """x += attention of h (N, D)."""
@@ -155,10 +194,10 @@ class FlatForward:
         gated = silu_multiply(both, out=both[:, : both.shape[1] // 2])
         self._add_product(x, gated, block.w2)
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _product(self, x: Tensor, weight: Weight) -> Tensor:
         """x (N, in), weight (out, in) -> (N, out)."""
-        return torch.mm(x, weight.t())
+        return torch.mm(x, self.numbers(weight).t())
 
-    def _add_product(self, into: Tensor, x: Tensor, weight: Tensor) -> None:
+    def _add_product(self, into: Tensor, x: Tensor, weight: Weight) -> None:
         """into (N, out) += the product of x (N, in) and weight (out, in), rounded once."""
-        into.addmm_(x, weight.t())
+        into.addmm_(x, self.numbers(weight).t())

@@ -17,8 +17,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.cuda.launch import allow, overlap, wait
+from llama.cuda.launch import allow, overlap
+from llama.cuda.tiles import tile_by_group, tile_by_row
 from llama.cuda.tuning import OneRow, SomeRows, one_row_blocks, some_rows_blocks
+from llama.cuda.weights import (
+    FP8,
+    INT4,
+    INT8,
+    PLAIN,
+    Weight,
+    by_group,
+    by_number,
+    by_row,
+    kind_of,
+    source,
+)
 
 STORE, ADD, GATE, ROTATE = (tl.constexpr(i) for i in range(4))
 
@@ -97,10 +110,11 @@ def _finish(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 @triton.jit
 def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    x, w, gain, eps, n_outputs, out, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
+    x, w, scale, offset, gain, eps, n_outputs, out, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
-    EPILOGUE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr,
-    AHEAD: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of one row: small programs, as many as the chip can hold at a time, each with
     the next tiles of its weights on their way; one sum across its threads, at the end.
@@ -110,37 +124,22 @@ def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
     """
     if not LATE:
         allow(OVERLAP)
-    c = tl.arange(0, BLOCK_K)
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = w + _outputs(j, n_outputs, EPILOGUE).to(tl.int64)[:, None] * K + c[None, :]
-    real = (j < n_outputs)[:, None]
-    WIDE: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth  # what a thread loads at once
-    tile = tl.load(row, mask=_there(real, c, 0, K, BLOCK_K), other=0.0)
-    second = tile
-    if AHEAD > 1:
-        second = tl.load(row + BLOCK_K, mask=_there(real, c, BLOCK_K, K, BLOCK_K), other=0.0)
-    wait(OVERLAP)
-    total = tl.zeros((BLOCK_N, BLOCK_K // WIDE), tl.float32)
-    squares = tl.zeros((BLOCK_K // WIDE,), tl.float32)
-    for start in tl.range(0, K, BLOCK_K):
-        later = start + AHEAD * BLOCK_K
-        after = tl.load(row + later, mask=_there(real, c, later, K, BLOCK_K), other=0.0)
-        inside = _inside(c, start, K, BLOCK_K)
-        xs = tl.load(x + start + c, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            squares += tl.sum(tl.reshape(xs * xs, (BLOCK_K // WIDE, WIDE)), 1)
-            xs *= tl.load(gain + start + c, mask=inside, other=0.0).to(tl.float32)
-        terms = tl.reshape(tile.to(tl.float32) * xs[None, :], (BLOCK_N, BLOCK_K // WIDE, WIDE))
-        total += tl.sum(terms, 2)
-        if AHEAD > 1:
-            tile, second = second, after
-        else:
-            tile = after
+    n, real = _outputs(j, n_outputs, EPILOGUE).to(tl.int64), j < n_outputs
+    if KIND == PLAIN:
+        y, squares = by_number(x, w, gain, n, real, K, BLOCK_N, BLOCK_K, NORM, AHEAD, OVERLAP)
+    elif KIND == INT4:
+        y, squares = by_group(
+            x, w, scale, offset, gain, n, real, K, BLOCK_N, BLOCK_K, GROUP, NORM, OVERLAP
+        )
+    else:
+        y, squares = by_row(x, w, gain, n, real, K, BLOCK_N, BLOCK_K, NORM, OVERLAP)
     if LATE:
         allow(OVERLAP)
-    y = tl.sum(total, 1)
+    if KIND == INT8 or KIND == FP8:  # noqa: SIM109 (Triton)
+        y *= tl.load(scale + n, mask=real, other=0.0)
     if NORM:
-        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        y *= tl.rsqrt(squares / K + eps)
     _finish(
         y[:, None], tl.program_id(0) * BLOCK_N, tl.arange(0, 1), 1, n_outputs, out, cos, sin, slots,
         positions, k, v, EPILOGUE, BLOCK_N, 1, HEADS, KV_HEADS, E, T,
@@ -148,25 +147,12 @@ def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 @triton.jit
-def _inside(c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
-    """Which columns of a tile that begins at `start` are in the row: one answer, or one each."""
-    if K % BLOCK_K == 0:
-        return start + tl.zeros_like(c) < K
-    return start + c < K
-
-
-@triton.jit
-def _there(real, c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
-    """The mask of a tile of weights: its rows and its columns."""
-    return real & _inside(c, start, K, BLOCK_K)[None, :]
-
-
-@triton.jit
 def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    x, w, rows, n_outputs, out, partial, arrived, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
-    K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr, EPILOGUE: tl.constexpr,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr, OVERLAP: tl.constexpr,
+    x, w, scale, offset, rows, n_outputs, out, partial, arrived, cos, sin, slots, positions, k, v,  # noqa: ANN001
+    T, K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: ANN001
+    KIND: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    LATE: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    E: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of RP rows over a SPLIT-th of the inputs; the last one to come adds up.
 
@@ -177,20 +163,19 @@ def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     first, part = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     j = first + tl.arange(0, BLOCK_N)
     r = tl.arange(0, RP)
-    row = w + _outputs(j, n_outputs, EPILOGUE).to(tl.int64)[:, None] * K
-    real = (j < n_outputs)[:, None]
+    n, real = _outputs(j, n_outputs, EPILOGUE).to(tl.int64), (j < n_outputs)[:, None]
     SPAN: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
     begin = part * SPAN
-    wait(OVERLAP)
-    y = tl.zeros((BLOCK_N, RP), tl.float32)
-    for start in tl.range(begin, min(begin + SPAN, K), BLOCK_K, num_stages=STAGES):
-        c = start + tl.arange(0, BLOCK_K)
-        there, here = real, (r < rows)[None, :]
-        if K % BLOCK_K:
-            there, here = there & (c < K)[None, :], here & (c < K)[:, None]
-        tile = tl.load(row + c[None, :], mask=there, other=0.0, eviction_policy="evict_first")
-        xs = tl.load(x + r[None, :] * K + c[:, None], mask=here, other=0.0)
-        y = tl.dot(tile, xs, y, input_precision="ieee")
+    end = min(begin + SPAN, K)
+    if KIND == INT4:
+        y = tile_by_group(
+            x, w, scale, offset, r, rows, n, real, begin, end, K, RP, BLOCK_N, BLOCK_K, GROUP,
+            STAGES, OVERLAP,
+        )  # fmt: skip
+    else:
+        y = tile_by_row(
+            x, w, r, rows, n, real, begin, end, K, RP, BLOCK_N, BLOCK_K, STAGES, OVERLAP
+        )
     if LATE:
         allow(OVERLAP)
     last = True
@@ -207,6 +192,8 @@ def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
             for i in tl.static_range(SPLIT):
                 y += tl.load(theirs + i * (BLOCK_N * RP) + cell, cache_modifier=".cg")
     if last:
+        if KIND == INT8 or KIND == FP8:  # noqa: SIM109 (Triton)
+            y *= tl.load(scale + n, mask=j < n_outputs, other=0.0)[:, None]
         _finish(
             y, first, r, rows, n_outputs, out, cos, sin, slots, positions, k, v,
             EPILOGUE, BLOCK_N, RP, HEADS, KV_HEADS, E, T,
@@ -224,7 +211,7 @@ class Products:
     def __call__(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         out: Tensor,
         epilogue: tl.constexpr = STORE,
         *,
@@ -237,7 +224,8 @@ class Products:
         STORE: out (R, N), of any float dtype. ADD: added to out (R, N). GATE: the weight is w1 over
         w3, out (R, N / 2) is silu(w1 x) * w3 x. ROTATE: the weight is wq over wk over wv, out (R,
         H, E) are the rotated queries, and `rotation` says where keys and values go. `norm` (weight,
-        eps) is that of x, for a single row. `blocks` overrules the table of tuning.py.
+        eps) is that of x, for a single row. Packed weights are read as they are. `blocks` overrules
+        the table of tuning.py.
         """
         rows, inputs = x.shape
         outputs = weight.shape[0]
@@ -248,23 +236,30 @@ class Products:
             heads = outputs // size - 2 * kv_heads
             where = (rotation.cos, rotation.sin, rotation.slots, rotation.positions, rotation.k,
                      rotation.v)  # fmt: skip
-        shape = dict(EPILOGUE=epilogue, HEADS=heads, KV_HEADS=kv_heads, E=size, **self.extra)
+        read, kind = source(weight), kind_of(weight)
+        shape = dict(EPILOGUE=epilogue, HEADS=heads, KV_HEADS=kv_heads, E=size, KIND=read.kind,
+                     GROUP=read.group, **self.extra)  # fmt: skip
         if rows == 1:
-            one = blocks or one_row_blocks(outputs, inputs)
+            one = blocks or one_row_blocks(outputs, inputs, kind)
             assert isinstance(one, OneRow), one
+            assert one.ahead == 1 or not kind, "packed weights are one tile ahead"
+            words = read.weight
+            if kind in ("int8", "int4") and inputs % 8 == 0:
+                words = words.view(torch.int32)
             gain, eps = norm or (x, 0.0)
             _one_row[(triton.cdiv(outputs, one.block_n),)](
-                x, weight, gain, eps, outputs, out, *where, longest,
+                x, words, read.scale, read.offset, gain, eps, outputs, out, *where, longest,
                 K=inputs, BLOCK_N=one.block_n, BLOCK_K=one.block_k, NORM=norm is not None,
                 AHEAD=one.ahead, LATE=one.late, num_warps=one.warps, **shape,
             )  # fmt: skip
             return out
         assert norm is None, "the norm of several rows is made before"
-        some = blocks or some_rows_blocks(rows, outputs, inputs)
+        some = blocks or some_rows_blocks(rows, outputs, inputs, kind)
         assert isinstance(some, SomeRows), some
         tiles = self.reserve(outputs, some)
         _some_rows[(tiles, some.split)](
-            x, weight, rows, outputs, out, self.partial, self.arrived, *where, longest,
+            x, read.weight, read.scale, read.offset, rows, outputs, out, self.partial,
+            self.arrived, *where, longest,
             K=inputs, RP=some.padded, BLOCK_N=some.block_n, BLOCK_K=some.block_k, SPLIT=some.split,
             STAGES=some.stages, LATE=some.late, num_warps=some.warps, **shape,
         )  # fmt: skip

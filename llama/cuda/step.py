@@ -34,7 +34,9 @@ from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.sampling import Sampler
 from llama.cuda.shifts import Shifts
 from llama.cuda.tuning import LONG, MOST_ROWS, power_of_two, some_rows_blocks
+from llama.cuda.weights import Weight, kind_of, source, table_row
 from llama.model import Transformer
+from llama.quantization.linear import QuantizedEmbedding
 from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WORD, SamplingParams
 
 STOPS = 32  # stop ids of a row that the device knows; the host knows them all
@@ -43,9 +45,9 @@ EXACT = tl.constexpr(not INTERPRETED)  # the interpreter has no libdevice
 
 @triton.jit
 def _begin(  # type: ignore[no-untyped-def]
-    tokens, positions, slots, table, freqs, x, cos, sin, places, T,
+    tokens, positions, slots, table, scale, offset, freqs, x, cos, sin, places, T,
     D: tl.constexpr, HALF: tl.constexpr, D_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A row's embedding, the turns of its rotary pairs, and its place in the cache."""
     allow(OVERLAP)
@@ -53,7 +55,8 @@ def _begin(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     d, i = tl.arange(0, D_PAD), tl.arange(0, HALF_PAD)
     token = tl.load(tokens + row)
-    tl.store(x + row.to(tl.int64) * D + d, tl.load(table + token * D + d, mask=d < D), mask=d < D)
+    entry = table_row(table, scale, offset, token, d, D, KIND, GROUP)
+    tl.store(x + row.to(tl.int64) * D + d, entry.to(x.dtype.element_ty), mask=d < D)
     slot, position = tl.load(slots + row), tl.load(positions + row)
     angle = position.to(tl.float32) * tl.load(freqs + i, mask=i < HALF, other=0.0)
     c, s = (libdevice.cos(angle), libdevice.sin(angle)) if EXACT else (tl.cos(angle), tl.sin(angle))
@@ -91,6 +94,11 @@ def _advance(  # type: ignore[no-untyped-def]
     tl.store(index + r, count + 1, mask=live)
     tl.store(slots + r, tl.where(live & ~ended, slot, -1), mask=real)
     tl.store(lengths + r, tl.where(live & ~ended, position + 2, 0), mask=real)
+
+
+def most_rows(weight: Weight) -> int:
+    """Of a product with it by our kernels."""
+    return MOST_ROWS[kind_of(weight)]
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,11 @@ class CapturedStep:
         heads, kv_heads = args.n_heads, args.n_kv_heads
         self.attend = DecodeAttention(max_rows, heads, kv_heads, args.head_dim, device)
         self.forward = FlatForward(model, self.attend)
+        embedding = model.tok_embeddings
+        if isinstance(embedding, QuantizedEmbedding):
+            self.table: Weight = embedding.packed
+        else:
+            self.table = embedding.get_parameter("weight")
         self.products = Products(device)
         self._reserve()
         self.scratch = Scratch(self.forward, max_rows)
@@ -261,12 +274,14 @@ class CapturedStep:
 
     def _reserve(self) -> None:
         """Scratch for the products of every row count, before any is captured."""
-        block = self.forward.blocks[0]
-        rows = 2
-        while rows <= min(MOST_ROWS, self.max_rows * 2 - 1):
-            for weight in (block.wqkv, block.wo, block.w13, block.w2, self.forward.output):
-                self.products.reserve(len(weight), some_rows_blocks(rows, *weight.shape))
-            rows *= 2
+        weights = [weight for block in self.forward.blocks for weight in block.products()]
+        shapes = {(*w.shape, kind_of(w), most_rows(w)) for w in [*weights, self.forward.output]}
+        for outputs, inputs, kind, most in shapes:
+            rows = 2
+            while rows <= min(most, self.max_rows * 2 - 1):
+                blocks = some_rows_blocks(rows, outputs, inputs, kind)
+                self.products.reserve(outputs, blocks)
+                rows *= 2
 
     def _send(self, target: Tensor, source: Tensor) -> None:
         if self.device.type == "cuda":
@@ -293,14 +308,15 @@ class CapturedStep:
         """Embedding, layers, choice, and what the next step starts from."""
         s, n, model = self.scratch, rows, self.forward.model
         size = model.params.head_dim // 2
-        table = model.tok_embeddings.get_parameter("weight")
+        dim, table = model.params.dim, source(self.table)
         _begin[(n,)](
-            self.tokens, self.positions, self.slots, table, model.freqs, s.x, s.cos, s.sin,
-            s.places, self.cache.max_seq_len, D=table.shape[1], HALF=size,
-            D_PAD=power_of_two(table.shape[1]), HALF_PAD=power_of_two(size), **self.overlap,
+            self.tokens, self.positions, self.slots, table.weight, table.scale, table.offset,
+            model.freqs, s.x, s.cos, s.sin, s.places, self.cache.max_seq_len, D=dim, HALF=size,
+            D_PAD=power_of_two(dim), HALF_PAD=power_of_two(size), KIND=table.kind,
+            GROUP=table.group, **self.overlap,
         )  # fmt: skip
         for layer, block in enumerate(self.forward.blocks):
-            if n <= MOST_ROWS:
+            if n <= min(most_rows(weight) for weight in block.products()):
                 self._few(n, layer, block, long)
             else:
                 self._many(n, layer, block, long)
@@ -335,24 +351,25 @@ class CapturedStep:
 
     def _many(self, n: int, layer: int, block: Block, long: bool) -> None:
         s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
+        numbers = self.forward.numbers
         heads, kv_heads = self.forward.heads, self.forward.kv_heads
         h, _ = self._norm(n, block.attention_norm)
-        torch.mm(h, block.wqkv.t(), out=s.qkv[:n])
+        torch.mm(h, numbers(block.wqkv).t(), out=s.qkv[:n])
         rotate_and_store(
             s.qkv[:n], s.cos, s.sin, s.places, k, v, heads, kv_heads, out=s.q[:n]
         )  # (n, H, E)
         self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long)
-        s.x[:n].addmm_(s.attended[:n].flatten(1), block.wo.t())
+        s.x[:n].addmm_(s.attended[:n].flatten(1), numbers(block.wo).t())
         h, _ = self._norm(n, block.ffn_norm)
-        torch.mm(h, block.w13.t(), out=s.both[:n])
+        torch.mm(h, numbers(block.w13).t(), out=s.both[:n])
         silu_multiply(s.both[:n], out=s.gated[:n])
-        s.x[:n].addmm_(s.gated[:n], block.w2.t())
+        s.x[:n].addmm_(s.gated[:n], numbers(block.w2).t())
 
     def _logits(self, n: int) -> Tensor:
         """Logits (n, V) float32 of the states."""
         weight = self.forward.model.norm.weight
         h, norm = self._norm(n, weight)
         logits = self.scratch.logits[:n]
-        if n <= MOST_ROWS:
+        if n <= most_rows(self.forward.output):
             return self.products(h, self.forward.output, logits, STORE, norm=norm)
-        return logits.copy_(torch.mm(h, self.forward.output.t()))
+        return self.forward.logits_into(h, logits)

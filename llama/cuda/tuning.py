@@ -5,7 +5,9 @@ Knows numbers only. `benchmarks/NOTES.md` says how they were measured.
 
 from typing import NamedTuple
 
-MOST_ROWS = 32  # of our products; from there on torch's are as fast
+# Rows up to which our products are used, by kind; from there on torch's are as fast, of packed
+# weights with the time to unpack them. Those of packed weights are guesses.
+MOST_ROWS = {"": 32, "int8": 64, "fp8": 64, "int4": 64}
 
 
 class OneRow(NamedTuple):
@@ -37,7 +39,14 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def one_row_blocks(outputs: int, inputs: int) -> OneRow:
+def one_row_blocks(outputs: int, inputs: int, kind: str = "") -> OneRow:
+    """`kind` is that of a packed weight, "" of a plain one. Where a row of a packed tile has 16
+    bytes for each thread, inputs need not be exchanged; what it gets otherwise is a guess."""
+    if kind:
+        block = 4096 if kind == "int4" else 2048
+        if inputs % block == 0:
+            return OneRow(4 if kind == "int4" else 2, block, 4)
+        return OneRow(4, min(block // 2, max(128, power_of_two(inputs))), 2)
     if inputs > 8192:
         return OneRow(2, 1024, 4, late=False)
     if inputs >= 2048 and outputs >= 16384:
@@ -45,7 +54,8 @@ def one_row_blocks(outputs: int, inputs: int) -> OneRow:
     return OneRow(8 if outputs > 4096 else 4, min(512, power_of_two(inputs)), 4)
 
 
-def some_rows_blocks(rows: int, outputs: int, inputs: int) -> SomeRows:
+def some_rows_blocks(rows: int, outputs: int, inputs: int, kind: str = "") -> SomeRows:
+    """As `one_row_blocks`."""
     padded = max(16, power_of_two(rows))
     tiles = -(-outputs // 64)
     split = 1 if tiles >= 200 or inputs < 2048 else 2 if tiles >= 64 else 4

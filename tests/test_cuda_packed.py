@@ -1,0 +1,199 @@
+"""Packed weights in the kernels against the plain layers: in Triton's interpreter, or on a GPU
+where there is one (the real shapes only there)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_args
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from test_cuda_products import DEVICE, NAN, close, multiply, randn, rotated  # noqa: F401
+from test_cuda_step import GREEDY, PROMPTS, answers, check, engine_of
+
+from llama.cache import Batch
+from llama.checkpoint import make_plan, random_checkpoint
+from llama.checkpoint.packed import Format, Packed
+from llama.cuda import attention, forward, products, step, tuning
+from llama.cuda.forward import FlatForward, joined
+from llama.cuda.products import ADD, GATE, ROTATE, STORE, Rotation
+from llama.cuda.tuning import DecodeAttention, OneRow, SomeRows
+from llama.cuda.unpack import Unpacked, unpack
+from llama.parallel import ONE
+from llama.quantization import formats_of, load
+from llama.quantization.formats import quantize
+from llama.quantization.linear import QuantizedLinear
+
+# The interpreter does not round to bfloat16, and tl.dot takes its bits for integers there.
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+KINDS = [Format("int8"), Format("fp8"), *(Format("int4", group) for group in (16, 32, 64, 128))]
+
+
+def packed(outputs, inputs, format, seed=1):
+    return quantize(randn(outputs, inputs, seed=seed) / inputs**0.5, format)
+
+
+def blocks_of(rows, format, inputs):
+    """Tiles with an edge where the inputs have one."""
+    block = max(64, format.group)
+    if rows == 1:
+        return OneRow(32, block, 2)
+    return SomeRows(16, 32, block, 2 if inputs > block else 1, 2, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    ("format", "inputs"),
+    [*zip(KINDS, (160, 96, 160, 160, 192, 384), strict=True), (Format("int8"), 44)], ids=str,
+)  # fmt: skip
+def test_products_with_packed_weights(multiply, rows, format, inputs):  # noqa: F811
+    weight, blocks = packed(72, inputs, format), blocks_of(rows, format, inputs)
+    numbers = weight.unpack(torch.float32).double()
+    for dtype in (torch.float32, HALF):
+        x = randn(rows, inputs, dtype=dtype)
+        product = x.double() @ numbers.T
+        out = torch.full((rows, 72), NAN, device=DEVICE)
+        multiply(x, weight, out, STORE, blocks=blocks)
+        bound = HALF if rows > 1 else torch.float32
+        close(out, product, bound if dtype == HALF else torch.float32)
+    residual = randn(rows, 72, seed=2)
+    x = randn(rows, inputs)
+    product = x.double() @ numbers.T
+    expected = residual.double() + product
+    close(multiply(x, weight, residual, ADD, blocks=blocks), expected, torch.float32)
+    gate, up = product.chunk(2, 1)
+    out = torch.full((rows, 36), NAN, device=DEVICE)
+    close(multiply(x, weight, out, GATE, blocks=blocks), F.silu(gate) * up, torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("format", [KINDS[0], KINDS[1], KINDS[3]], ids=str)
+def test_packed_queries_are_rotated_and_normed(multiply, rows, format):  # noqa: F811
+    heads, kv, size = 4, 2, 8
+    x, weight, gain = randn(rows, 96), packed(64, 96, format), 1 + randn(96, seed=2) / 8
+    cos, sin = randn(rows, size // 2, seed=2), randn(rows, size // 2, seed=3)
+    places = torch.arange(rows, dtype=torch.int32, device=DEVICE)
+    k, v = (torch.zeros(rows, 4, kv, size, device=DEVICE) for _ in range(2))
+    q = torch.full((rows, heads, size), NAN, device=DEVICE)
+    where = Rotation(cos, sin, places, places, k, v)
+    norm = (gain, 1e-5) if rows == 1 else None
+    multiply(x, weight, q, ROTATE, norm=norm, rotation=where, blocks=blocks_of(rows, format, 96))
+    h = F.rms_norm(x, (96,), gain, 1e-5) if norm else x
+    y = (h @ weight.unpack(torch.float32).T).view(rows, -1, size)
+    close(q, rotated(y[:, :heads], cos, sin), torch.float32)
+    each = torch.arange(rows)
+    close(k[each, each], rotated(y[:, heads : heads + kv], cos, sin), torch.float32)
+    close(v[each, each], y[:, heads + kv :], torch.float32)
+
+
+@pytest.mark.parametrize("format", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_unpacking_is_exact(format, dtype):
+    weight = packed(9, 384, format)
+    out = torch.full((9, 384), NAN, dtype=dtype, device=DEVICE)
+    assert torch.equal(unpack(weight, out), weight.unpack(dtype))
+    numbers = Unpacked(9 * 384, dtype, DEVICE)
+    assert torch.equal(numbers(weight.rows(2, 7)), weight.unpack(dtype)[2:7])
+    assert numbers(out) is out
+
+
+@pytest.mark.parametrize("format", [KINDS[1], KINDS[3]], ids=str)
+def test_packed_layers_are_joined_once(format):
+    whole = packed(24, 64, format)
+    views = [QuantizedLinear(part, torch.float32) for part in whole.split([8, 16])]
+    apart = [
+        QuantizedLinear(part.each(torch.clone), torch.float32) for part in whole.split([8, 16])
+    ]
+    for layers, same in ((views, True), (apart, False)):
+        found = joined(layers)
+        assert isinstance(found, Packed)
+        assert torch.equal(found.unpack(torch.float32), whole.unpack(torch.float32))
+        assert (found.weight.data_ptr() == whole.weight.data_ptr()) is same
+        assert found.scale.data_ptr() == layers[0].scale.data_ptr()
+        assert joined(layers).weight.data_ptr() == layers[0].weight.data_ptr()
+
+
+def quantized_model(recipe, **changes):
+    """A model whose products are few in the interpreter."""
+    shape = dict(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=64)
+    checkpoint = random_checkpoint(tiny_args(**{**shape, **changes}), seed=1, dtype=torch.float32)
+    formats = formats_of(recipe, checkpoint.args)
+    return load(checkpoint, ranks=ONE, device=DEVICE, formats=formats).eval()
+
+
+MIXED = {"layers.0": "int4", "layers.1": "int8", "output": "fp8", "embedding": "int4"}
+
+
+SHORT = replace(GREEDY, max_tokens=3)
+
+
+@pytest.mark.parametrize("recipe", ["int8", MIXED], ids=str)
+def test_the_captured_step_of_a_quantized_model_is_the_plain_one(recipe, monkeypatch):
+    if DEVICE.type == "cpu":
+        few = DecodeAttention(3, 16, 2, 4, 16)
+        monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: few)
+        monkeypatch.setattr(products, "one_row_blocks", lambda *_: OneRow(128, 64, 4))
+    model = quantized_model(recipe, n_layers=2 if recipe is MIXED else 1)
+    plain = answers(engine_of(model, False), PROMPTS[:2], SHORT)
+    check(answers(engine_of(model, True), PROMPTS[:2], SHORT), plain)
+
+
+def test_more_rows_than_our_products_take(monkeypatch):
+    few = DecodeAttention(3, 16, 2, 4, 16)
+    monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: few)
+    monkeypatch.setattr(step, "MOST_ROWS", dict.fromkeys(tuning.MOST_ROWS, 0))
+    monkeypatch.setattr(forward, "OUTPUT_ROWS", 40)  # 96 of them
+    model = quantized_model("int4")
+    plain = answers(engine_of(model, False), PROMPTS[:2], SHORT)
+    check(answers(engine_of(model, True), PROMPTS[:2], SHORT), plain)
+
+
+@pytest.mark.parametrize("recipe", ["int4", MIXED], ids=str)
+def test_the_forward_of_a_quantized_model_is_the_plain_one(recipe):
+    model = quantized_model(recipe, n_layers=2 if recipe is MIXED else 1, tied=recipe == "int4")
+    fast = FlatForward(model)
+    batch = Batch([1, 5], [3, 5], [1, 0], DEVICE)
+    positions = torch.tensor([2, 0, 1, 2, 3, 4], device=DEVICE)
+    results = []
+    for run in (model, fast):
+        cache = model.new_cache(2, 16)
+        cache.k.copy_(randn(*cache.k.shape))
+        cache.v.copy_(randn(*cache.v.shape, seed=1))
+        h = run.hidden(positions + 7, positions, batch, cache)
+        results.append((h, run.logits(h), cache.k))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    formats = formats_of(recipe, model.params)
+    plan = make_plan(model.params, dtype=torch.float32, formats=formats, device="cuda")
+    assert plan.unpacked == fast.numbers.scratch.nbytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (4096, 14336), (4096, 4096)])
+@pytest.mark.parametrize("format", KINDS, ids=str)
+def test_real_packed_products(multiply, rows, outputs, inputs, format):  # noqa: F811
+    x = randn(rows, inputs, dtype=torch.bfloat16)
+    weight = packed(outputs, inputs, format)
+    product = x.double() @ weight.unpack(torch.float32).double().T
+    plain = (x @ weight.unpack(torch.bfloat16).T).double()
+    theirs = (plain - product).norm() / product.norm()
+    for _ in range(3):
+        out = torch.full((rows, outputs), NAN, device=DEVICE, dtype=torch.bfloat16)
+        multiply(x, weight, out, STORE)
+        assert (out.double() - product).norm() / product.norm() <= 1.1 * theirs
+    residual = torch.zeros((rows, outputs), device=DEVICE, dtype=torch.bfloat16)
+    close(multiply(x, weight, residual, ADD), product, torch.bfloat16)
+    gated = torch.full((rows, outputs // 2), NAN, device=DEVICE, dtype=torch.bfloat16)
+    gate, up = product.chunk(2, 1)
+    close(multiply(x, weight, gated, GATE), F.silu(gate) * up, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", KINDS, ids=str)
+def test_real_unpacking_is_exact(format):
+    weight = packed(4096, 14336, format)
+    out = torch.empty(4096, 14336, dtype=torch.bfloat16, device=DEVICE)
+    assert torch.equal(unpack(weight, out), weight.unpack(torch.bfloat16))
