@@ -141,7 +141,8 @@ class Engine:
             return
         from llama import cuda
 
-        reason = cuda.supported(self.model.params, self.cache.k.dtype, self.device)
+        fp8 = any(p.dtype == torch.float8_e4m3fn for p in self.model.parameters())
+        reason = cuda.supported(self.model.params, self.cache.k.dtype, self.device, fp8)
         if reason is not None:
             logger.warning("running without kernels: %s", reason)
             return

@@ -15,9 +15,11 @@ from llama.model import ModelArgs
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def supported(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> str | None:
+def supported(
+    args: ModelArgs, dtype: torch.dtype, device: torch.device, fp8: bool = False
+) -> str | None:
     """Why the kernels cannot run this model in `dtype` on `device`, as a part of a sentence; None
-    where they can. One rank is meant."""
+    where they can. One rank is meant; `fp8` says whether some of its weights are."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda" or torch.version.hip is not None:
@@ -25,6 +27,8 @@ def supported(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> str 
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"the GPU's compute capability is {capability[0]}.{capability[1]}, below 8.0"
+    if fp8 and capability < (8, 9):
+        return f"the GPU's compute capability is {capability[0]}.{capability[1]}; fp8 needs 8.9"
     if dtype not in DTYPES:
         return f"the weights are {dtype}, not bfloat16, float16 or float32"
     size = args.head_dim
