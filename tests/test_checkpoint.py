@@ -17,6 +17,7 @@ from torch import Tensor
 from llama.checkpoint import load, open_checkpoint, random_checkpoint, write_meta
 from llama.checkpoint.names import groups, local_shape, local_slice, shapes
 from llama.checkpoint.params import params_of
+from llama.checkpoint.source import make_room
 from llama.model import ModelArgs, RopeScaling
 from llama.parallel import ONE, Ranks
 
@@ -769,3 +770,17 @@ def test_a_web_page_is_not_taken_for_a_shard(tmp_path, text):
     (tmp_path / "consolidated.00.pth").write_text(text)
     with pytest.raises(ValueError, match="is a web page or XML, no weights; download it again"):
         open_checkpoint(tmp_path)
+
+
+def test_memory_for_weights_is_not_cut_from_what_temporaries_left(monkeypatch):
+    """torch would keep the rest of a larger block for as long as the weight lives."""
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * 2**20)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(1))
+    for left, times in ((2**20, 0), (2**26, 1)):
+        monkeypatch.setattr(
+            torch.cuda, "memory_reserved", lambda device, left=left: 5 * 2**20 + left
+        )
+        make_room(torch.device("cuda"))
+        make_room(torch.device("cpu"))
+        assert len(given_back) == times

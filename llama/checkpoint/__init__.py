@@ -31,7 +31,7 @@ from llama.checkpoint.quantized import FILE as QUANTIZED
 from llama.checkpoint.quantized import PackedTensor, open_quantized
 from llama.checkpoint.random import random_checkpoint
 from llama.checkpoint.resharding import reshard
-from llama.checkpoint.source import Checkpoint, LazyTensor, Part, mapped_parts
+from llama.checkpoint.source import Checkpoint, LazyTensor, Part, make_room, mapped_parts
 from llama.checkpoint.staging import Stager
 from llama.model import RopeScaling, Transformer
 from llama.parallel import Ranks
@@ -225,6 +225,7 @@ def _place(
         return views
     sizes = [local_shape(name, checkpoint.args, ranks.size) for name in names]
     rows = [size[0] for size in sizes]
+    make_room(device)
     storage = torch.empty((sum(rows), *sizes[0][1:]), dtype=dtype, device=device)
     targets = list(torch.split(storage, rows))
     for name, target in zip(names, targets, strict=True):

@@ -24,6 +24,7 @@ from llama.parallel import Ranks
 from llama.tokenizer import TextTokenizer, Version
 
 _BLOCK = 2**26  # bytes of a block of rows
+_LEFT = 2**24  # bytes of freed blocks that are not worth giving back
 
 
 class Part(NamedTuple):
@@ -186,3 +187,15 @@ def mapped_parts(
             return None
         views.append(view)
     return views
+
+
+def make_room(device: torch.device) -> None:
+    """Before memory for weights is taken: on CUDA, give back what earlier temporaries left.
+
+    torch keeps freed blocks. It would cut the weight out of a larger one, whose rest then stays
+    taken as long as the weight does: up to half a GB for an 8B.
+    """
+    if device.type == "cuda":
+        left = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if left > _LEFT:
+            torch.cuda.empty_cache()

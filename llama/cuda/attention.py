@@ -37,7 +37,7 @@ def _share_out(lengths, rows, R_PAD: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK
     return tl.minimum(row, rows), me - begin, begin, count, keys, length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     q, q_row, k, v, slots, lengths, out, sums, tops, arrived, rows, T, scale,  # noqa: ANN001
     KV_HEADS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, G_PAD: tl.constexpr,
@@ -116,6 +116,7 @@ class DecodeAttention:
         self, max_rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device
     ) -> None:
         self.extra = overlap(device)
+        self.most_rows = max(2, power_of_two(max_rows))  # one kernel serves every number of rows
         most = max_rows + max(
             decode_attention_blocks(r, kv_heads, long).programs
             for r in range(1, max_rows + 1)
@@ -149,7 +150,7 @@ class DecodeAttention:
             self.sums, self.tops, self.arrived, rows, longest,
             size**-0.5 * 1.4426950408889634,  # times log2(e): scores are exponents of 2
             KV_HEADS=kv_heads, G=heads // kv_heads, E=size,
-            G_PAD=max(16, power_of_two(heads // kv_heads)), R_PAD=max(2, power_of_two(rows)),
+            G_PAD=max(16, power_of_two(heads // kv_heads)), R_PAD=self.most_rows,
             PROGRAMS=programs, BLOCK=block, STAGES=stages, AHEAD=ahead,
             LINES=max(128, size * k.element_size()), num_warps=warps, **self.extra,
         )  # fmt: skip

@@ -5,9 +5,9 @@ Knows numbers only. `benchmarks/NOTES.md` says how they were measured.
 
 from typing import NamedTuple
 
-# Rows up to which our products are used, by kind; from there on torch's are as fast, of packed
-# weights with the time to unpack them. Those of packed weights are guesses.
-MOST_ROWS = {"": 32, "int8": 64, "fp8": 64, "int4": 64}
+# Rows up to which our products are used, by kind: from there on torch's are as fast. Unpacking a
+# weight for torch costs more than it saves at every number that was measured, up to 128.
+MOST_ROWS = {"": 32, "int8": 128, "fp8": 128, "int4": 128}
 
 
 class OneRow(NamedTuple):
@@ -41,17 +41,25 @@ def power_of_two(n: int) -> int:
 
 def one_row_blocks(outputs: int, inputs: int, kind: str = "") -> OneRow:
     """`kind` is that of a packed weight, "" of a plain one. Where a row of a packed tile has 16
-    bytes for each thread, inputs need not be exchanged; what it gets otherwise is a guess."""
+    bytes for each thread, inputs need not be exchanged."""
     if kind:
-        block = 4096 if kind == "int4" else 2048
-        if inputs % block == 0:
-            return OneRow(4 if kind == "int4" else 2, block, 4)
-        return OneRow(4, min(block // 2, max(128, power_of_two(inputs))), 2)
+        return _one_packed_row(outputs, inputs, kind)
     if inputs > 8192:
         return OneRow(2, 1024, 4, late=False)
     if inputs >= 2048 and outputs >= 16384:
         return OneRow(2, 2048, 4, ahead=2 if outputs > 65536 else 1)
     return OneRow(8 if outputs > 4096 else 4, min(512, power_of_two(inputs)), 4)
+
+
+def _one_packed_row(outputs: int, inputs: int, kind: str) -> OneRow:
+    block = 4096 if kind == "int4" else 2048
+    if inputs % block:
+        return OneRow(4, min(block // 2, max(128, power_of_two(inputs))), 2)
+    if kind == "int4":
+        return OneRow(4, 4096, 4, late=outputs > 4096 and outputs < 16384)
+    if outputs > 65536 or (outputs > 16384 and kind == "int8"):
+        return OneRow(8, 1024, 2)
+    return OneRow(4, 2048, 4) if kind == "int8" and outputs <= 4096 else OneRow(4, 1024, 2)
 
 
 def some_rows_blocks(rows: int, outputs: int, inputs: int, kind: str = "") -> SomeRows:

@@ -16,7 +16,7 @@ from llama.checkpoint import load as load_plain
 from llama.checkpoint.names import local_shape, local_slice
 from llama.checkpoint.packed import Format, Packed, local_format
 from llama.checkpoint.quantized import PackedTensor
-from llama.checkpoint.source import LazyTensor, rows_of
+from llama.checkpoint.source import LazyTensor, make_room, rows_of
 from llama.model import Transformer
 from llama.parallel import Ranks
 from llama.quantization.formats import quantize
@@ -102,6 +102,7 @@ class _Placer:
         local = local_format(names[0], format, args, size)
         assert local is not None, (names, format)
         rows = [shape[0] for shape in shapes]
+        make_room(self.device)
         joint = Packed.zeros(local, sum(rows), shapes[0][1], self.device)
         targets = joint.split(rows)
         for name, source, target in zip(names, sources, targets, strict=True):
