@@ -1,6 +1,10 @@
 """The kernels of few rows against plain torch: in Triton's interpreter, or on a GPU where there is
 one (the real shapes only there)."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,3 +185,61 @@ def test_real_attention(rows, longest, heads, kv, size):
         out = torch.full_like(q, NAN)
         kernel(q, k, v, slots, lengths, out)
         assert (out.double() - expected).norm() / expected.norm() < 5e-3
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class NoGpu:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device=None):
+        return 0
+
+driver.set_active(NoGpu())
+run = JITFunction.run
+def only(self, *args, grid, warmup, **options):
+    kernel = run(self, *args, grid=grid, warmup=True, **options)
+    print(self.__name__, kernel.asm["ptx"].count("griddepcontrol.wait"), len(kernel.asm["cubin"]))
+JITFunction.run = only
+from llama.cuda import attention, products as room
+from llama.cuda.attention import DecodeAttention
+from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
+room.overlap = attention.overlap = lambda device: {"OVERLAP": True, "launch_pdl": True}
+def new(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype)
+device = torch.device("cpu")
+products = Products(device)
+for rows in (1, 8):
+    turns, where = new(rows, 64, dtype=torch.float32), new(rows, dtype=torch.int64)
+    cache = new(2, 32, 2, 128)
+    norm = (new(1024), 1e-5) if rows == 1 else None
+    x, w = new(rows, 1024), new(1024, 1024)
+    rotation = Rotation(turns, turns, where, where, cache, cache)
+    products(x, w, new(rows, 4, 128), ROTATE, norm=norm, rotation=rotation)
+    products(x, w, new(rows, 1024), ADD)
+    products(x, w, new(rows, 512), GATE, norm=norm)
+    products(x, w, new(rows, 1024, dtype=torch.float32), STORE, norm=norm)
+    attend = DecodeAttention(rows, 4, 2, 128, device)
+    attend(new(rows, 4, 128), cache, cache, where, where, new(rows, 4, 128))
+"""
+
+
+def test_kernels_compile_for_compute_capability_9_without_a_gpu():
+    """Each of them waits for what was launched before it, which the interpreter cannot show."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    if "ptxas" in done.stderr and "not found" in done.stderr.lower():
+        pytest.skip("this triton brings no ptxas")
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == [*["_one_row"] * 4, "_attend", *["_some_rows"] * 4,
+                                            "_attend"]  # fmt: skip
+    assert all(int(waits) >= 1 and int(size) > 1000 for _, waits, size in lines)
