@@ -214,3 +214,24 @@ def test_rows_that_share_a_slot_are_tokens_of_one_sequence():
     step.launch()
     assert [o.token for o in step.read()] == logits[1:].argmax(-1).tolist()
     torch.testing.assert_close(cache.k[:, 1, :5], plain.k[:, 1, :5], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_bounds_the_choice_and_not_the_logprob():
+    """What structured output needs: a bit for each token of the vocabulary, changed as it goes."""
+    model = small()
+    step = CapturedStep(model, model.new_cache(1, 8), 1)
+    row = Row(5, 0, 0, (), 9, 0, SamplingParams(temperature=0), ())
+    step.load([row])
+    step.launch()
+    free = step.read()[0]
+    logprobs = step.scratch.logits[0].log_softmax(-1)
+    others = [t for t in (3, 40, 71) if t != free.token]
+    step.load([row], masked=True)
+    step.sampler.mask[:] = 0
+    for token in others:
+        step.sampler.mask[0, token // 32] |= 1 << token % 32
+    step.launch()
+    bound = step.read()[0]
+    best = max(others, key=lambda t: float(logprobs[t]))
+    assert bound.token == best != free.token
+    assert bound.logprob == pytest.approx(float(logprobs[best]), abs=1e-5)

@@ -131,6 +131,15 @@ class Outcome(NamedTuple):
     top: list[tuple[int, float]]
 
 
+class Key(NamedTuple):
+    """What steps of one graph have in common."""
+
+    rows: int
+    top: int | None  # alternatives of a full step; None: a lean one
+    long: bool  # whether a row has many keys
+    masked: bool
+
+
 class Scratch:
     """What layers hand on to each other, for up to `rows` rows."""
 
@@ -181,7 +190,8 @@ class CapturedStep:
         self.stops = torch.full((max_rows, STOPS), -1, dtype=torch.int64, device=device)
         self.results = torch.zeros(max_rows, 3, dtype=torch.int32, device=device)
         self.overlap = overlap(device)
-        self.graphs: dict[tuple[int, int | None, bool], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[Key, torch.cuda.CUDAGraph] = {}
+        self.masked = False
         self.rows = 0
         self.keys = 0  # of the longest row in the next step
         self.top: int | None = None  # alternatives of a full step; None: a lean one
@@ -190,11 +200,15 @@ class CapturedStep:
 
     # ---- the face
 
-    def load(self, rows: Sequence[Row]) -> None:
-        """Make `rows` those of the following steps. Nothing may be in flight."""
+    def load(self, rows: Sequence[Row], masked: bool = False) -> None:
+        """Make `rows` those of the following steps. Nothing may be in flight. `masked`: tokens are
+        chosen among those that `sampler.mask` allows each row, which may change between steps; for
+        rows that are lean."""
         assert not self.flight, len(self.flight)
         assert 0 < len(rows) <= self.max_rows, (len(rows), self.max_rows)
         self.rows = min(self.max_rows, power_of_two(len(rows)))
+        assert not masked or all(row.lean for row in rows), "a mask is for lean rows"
+        self.masked = masked
         self.keys = max(row.position for row in rows) + 1
         self.knows_stops = all(len(row.stops) <= STOPS for row in rows)
         columns = [
@@ -218,18 +232,18 @@ class CapturedStep:
             self.top = power_of_two(wanted) if wanted else 0
             self.top = min(self.top, self.forward.model.params.vocab_size)
             if self.shifts.reserve(self.top):  # graphs know the place of the one before
-                self.graphs = {key: graph for key, graph in self.graphs.items() if key[1] is None}
+                self.graphs = {key: graph for key, graph in self.graphs.items() if key.top is None}
             self.shifts.load([(r.params, r.seed, r.generated) for r in rows], self.rows)
 
     def launch(self) -> None:
         """Run one step; it is in flight until it is read."""
-        key = self.rows, self.top, self.keys > LONG
+        key = Key(self.rows, self.top, self.keys > LONG, self.masked)
         self.keys += 1
         if self.device.type != "cuda":
-            self._step(*key)
+            self._step(key)
         else:
             if key not in self.graphs:
-                self._capture(*key)
+                self._capture(key)
             self.graphs[key].replay()
         found = [self.results[: self.rows]]
         if self.top:
@@ -288,25 +302,25 @@ class CapturedStep:
             source = source.pin_memory()
         target.copy_(source, non_blocking=True)
 
-    def _capture(self, rows: int, top: int | None, long: bool) -> None:
+    def _capture(self, key: Key) -> None:
         """Record the graph of a step. What it needs is compiled and allocated by a run before it,
         in which no row has a slot."""
         kept = self.state.clone()
-        self.slots[:rows] = -1
-        self.lengths[:rows] = 0
-        self._step(rows, top, long)
+        self.slots[: key.rows] = -1
+        self.lengths[: key.rows] = 0
+        self._step(key)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            self._step(rows, top, long)
+            self._step(key)
         self.state.copy_(kept)
-        self.graphs[rows, top, long] = graph
+        self.graphs[key] = graph
 
     @torch.no_grad()
-    def _step(self, rows: int, top: int | None, long: bool) -> None:
+    def _step(self, key: Key) -> None:
         """Embedding, layers, choice, and what the next step starts from."""
-        s, n, model = self.scratch, rows, self.forward.model
+        s, n, model = self.scratch, key.rows, self.forward.model
         size = model.params.head_dim // 2
         dim, table = model.params.dim, source(self.table)
         _begin[(n,)](
@@ -317,14 +331,14 @@ class CapturedStep:
         )  # fmt: skip
         for layer, block in enumerate(self.forward.blocks):
             if n <= min(most_rows(weight) for weight in block.products()):
-                self._few(n, layer, block, long)
+                self._few(n, layer, block, key.long)
             else:
-                self._many(n, layer, block, long)
+                self._many(n, layer, block, key.long)
         logits = self._logits(n)
-        if top is None:
-            self.sampler(logits, self.index[:n], rows=n)
+        if key.top is None:
+            self.sampler(logits, self.index[:n], rows=n, masked=key.masked)
         else:
-            self.shifts(logits, self.index[:n], self.slots[:n], self.sampler, top)
+            self.shifts(logits, self.index[:n], self.slots[:n], self.sampler, key.top)
         _advance[(1,)](
             self.sampler.ids, self.sampler.finite, self.sampler.logprob, self.results, self.tokens,
             self.positions, self.slots, self.lengths, self.index, self.limits, self.stops, n,
