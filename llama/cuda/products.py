@@ -40,8 +40,8 @@ STORE, ADD, GATE, ROTATE = (tl.constexpr(i) for i in range(4))
 class Rotation:
     """Where the joined product of wq, wk and wv goes: `q` (R, H, E), and a layer of the cache.
 
-    cos and sin (R, E/2) float32; slots and positions (R,) int32 say where keys and values of each
-    row belong, slot -1: nowhere. k and v are a layer's (P, T, K, E).
+    cos and sin (R, E/2) float32; slots and positions (R,), integers, say where keys and values of
+    each row belong, slot -1: nowhere. k and v are a layer's (P, T, K, E).
     """
 
     cos: Tensor
