@@ -1,8 +1,10 @@
 """What several tests share: tiny models with logits of about unit scale."""
 
 import base64
+import io
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ if not torch.cuda.is_available():  # kernels then run in Triton's interpreter, o
 
 from safetensors.torch import save_file
 
+from llama import __main__, cli
 from llama.checkpoint.hf import hf_name
 from llama.checkpoint.names import shapes
 from llama.generation import Llama
@@ -126,3 +129,28 @@ def says(text, start):
     prompt of `start` tokens was."""
     ids = [*(text.encode() if isinstance(text, str) else text), 256 + 9]
     return lambda token, position: ids[min(position - start + 1, len(ids) - 1)]
+
+
+def outcome(capture, call, *given):
+    """Exit status, stdout and stderr of a call that may end the process."""
+    status = 0
+    try:
+        call(*given)
+    except SystemExit as stop:
+        status = stop.code or 0
+        if isinstance(status, str):
+            status, _ = 1, print(status, file=sys.stderr)
+    said = capture.readouterr()
+    return status, said.out, said.err
+
+
+@pytest.fixture
+def shell(monkeypatch, capsys):
+    """A function that runs a command line in this process: exit status, stdout and stderr."""
+
+    def run(*arguments, commands=__main__.COMMANDS, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["llama", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        return outcome(capsys, cli.run, commands, "python -m llama")
+
+    return run

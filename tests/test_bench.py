@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_args
 
-from llama import __main__, bench, cli, limits
+from llama import __main__, bench, limits
 from llama.bench import SHAPES, VOCAB, Work, choose, decode_seconds, lines, measure, work_for
 from llama.checkpoint import load, random_checkpoint
 from llama.engine import Engine
@@ -197,7 +196,7 @@ def test_numbers_as_typed():
 
 
 @pytest.mark.parametrize("json_flag", [[], ["--json"]])
-def test_the_command_prints_the_table_or_one_object(monkeypatch, capsys, json_flag):
+def test_the_command_prints_the_table_or_one_object(monkeypatch, shell, json_flag):
     demo = Path(__main__.DEMO)
     if not (demo / "consolidated.00.pth").exists():
         pytest.skip("the demo has not been trained")
@@ -205,10 +204,8 @@ def test_the_command_prints_the_table_or_one_object(monkeypatch, capsys, json_fl
     small = dict(buffer=2**20, product=(64, 64, 64))
     monkeypatch.setattr(bench, "work_for", lambda *given: replace(usual(*given), **small))
     given = ["--rows=1", "--contexts=16", "--lengths", "16", "--steps=2", "--device=cpu"]
-    monkeypatch.setattr(sys, "argv", ["llama", "bench", str(demo), *given, *json_flag])
-    cli.run(__main__.COMMANDS, "python -m llama")
-    said, error = capsys.readouterr()
-    assert error == ""
+    status, said, error = shell("bench", demo, *given, *json_flag)
+    assert (status, error) == (0, "")
     if json_flag:
         found = json.loads(said)
         assert said.count("\n") == 1

@@ -1,7 +1,6 @@
 """The commands that answer once: complete, tokenize, perplexity, reshard; and chat's arguments."""
 
 import hashlib
-import io
 import json
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
 
-from llama import Llama, __main__, cli
+from llama import Llama
 from llama.__main__ import DEMO
 from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
 from llama.checkpoint.names import shapes
@@ -29,26 +28,6 @@ def folder(tmp_path_factory):
     write_meta(random_checkpoint(args, dtype=torch.float32), path)
     write_tokenizer(path / "tokenizer.model")
     return path
-
-
-@pytest.fixture
-def shell(monkeypatch, capsys):
-    """A function that runs a command line in this process: exit status, stdout and stderr."""
-
-    def run(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["llama", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        status = 0
-        try:
-            cli.run(__main__.COMMANDS, "python -m llama")
-        except SystemExit as stop:
-            status = stop.code or 0
-            if isinstance(status, str):
-                status, _ = 1, print(status, file=sys.stderr)
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
 
 
 # ---- complete

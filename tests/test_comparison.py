@@ -1,6 +1,5 @@
 """Two models on one text: sums equal to their formulas, few logits at a time, and the commands."""
 
-import io
 import math
 import re
 import sys
@@ -9,7 +8,7 @@ import pytest
 import torch
 from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
 
-from llama import Llama, __main__, cli
+from llama import Llama
 from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
 from llama.comparison import Difference, compare, compare_all, decode_speed, table, weight_bytes
 from llama.perplexity import score
@@ -29,26 +28,6 @@ def folder(tmp_path_factory):
 
 def built(folder, **options):
     return Llama.build(folder, max_seq_len=512, device="cpu", **options)
-
-
-@pytest.fixture
-def shell(monkeypatch, capsys):
-    """A function that runs a command line in this process: exit status, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llama", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-        status = 0
-        try:
-            cli.run(__main__.COMMANDS, "python -m llama")
-        except SystemExit as stop:
-            status = stop.code or 0
-            if isinstance(status, str):
-                status, _ = 1, print(status, file=sys.stderr)
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
 
 
 def test_a_difference_is_what_its_formulas_say_however_it_was_added():

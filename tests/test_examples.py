@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import outcome
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
@@ -88,16 +89,7 @@ def example(monkeypatch, capfd):
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *arguments])
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code
-            if isinstance(status, str):
-                print(status, file=sys.stderr)
-                status = 1
-        said = capfd.readouterr()
-        return status, said.out, said.err
+        return outcome(capfd, runpy.run_path, str(ROOT / script), None, "__main__")
 
     return run
 

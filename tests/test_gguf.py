@@ -10,7 +10,7 @@ from conftest import write_tokenizer
 from gguf_files import entries_for, keys_for, random_blocks, raw_gguf, tensor
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llama import Llama, __main__, cli
+from llama import Llama
 from llama.checkpoint import gguf as module
 from llama.checkpoint import load, open_checkpoint, random_checkpoint, write_gguf, write_meta
 from llama.checkpoint.gguf_blocks import KINDS, NUMBER_OF, PLAIN, dequantize, quantize
@@ -719,13 +719,10 @@ def test_a_file_without_a_tokenizer_asks_for_one(tmp_path):
         Llama.build(tmp_path)
 
 
-def test_info_says_what_lies_in_a_file(tmp_path, monkeypatch, capsys):
+def test_info_says_what_lies_in_a_file(tmp_path, shell):
     args = args_of("factors")
     write_gguf(random_checkpoint(args), tmp_path / "model.gguf", type="q8_0")
-    path = str(tmp_path / "model.gguf")
-    monkeypatch.setattr(sys, "argv", ["llama", "info", path])
-    cli.run(__main__.COMMANDS)
-    said = capsys.readouterr().out
+    said = shell("info", tmp_path / "model.gguf")[1]
     assert "1 shard, Q8_0 (16), F32 (5)" in said
     assert "a factor for each pair, 1 to 2.5" in said
 

@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_args, write_tokenizer
 from test_model import transformers_twin
 
-from llama import ChatFormat, Llama, ModelArgs, Tokenizer, __main__, cli
+from llama import ChatFormat, Llama, ModelArgs, Tokenizer, __main__
 from llama.checkpoint import convert, open_checkpoint, random_checkpoint, write_meta
 from llama.checkpoint.params import complete
 from llama.llama2 import (
@@ -224,7 +224,7 @@ def test_the_file_says_which_tokenizer_and_chat_format_it_is(path, tmp_path):
     assert isinstance(chat_format(new), ChatFormat)
 
 
-def test_without_the_package_the_error_names_the_extra(path, monkeypatch, tmp_path):
+def test_without_the_package_the_error_names_the_extra(path, monkeypatch, tmp_path, shell):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ImportError, match=r"pip install 'llama\[llama2\]'$") as caught:
         open_tokenizer(path)
@@ -234,9 +234,9 @@ def test_without_the_package_the_error_names_the_extra(path, monkeypatch, tmp_pa
     def command() -> None:
         open_tokenizer(path)
 
-    monkeypatch.setattr(sys, "argv", ["program"])
-    with pytest.raises(SystemExit, match=r"pip install 'llama\[llama2\]'$"):
-        cli.run(command)
+    status, _, error = shell(commands=command)
+    assert status == 1
+    assert error.endswith("pip install 'llama[llama2]'\n")
 
 
 def test_broken_files_are_refused_by_name(tmp_path, capfd):

@@ -9,29 +9,11 @@ import pytest
 import torch
 from conftest import BYTES_VOCAB, tiny_args
 
-from llama import __main__, cli, inspection
+from llama import __main__, inspection
 from llama.checkpoint import random_checkpoint, write_meta
 from llama.model import ModelArgs
 
 ODD = ("1,2", "None", "{a: b}", '"x"', "[1]", "1e3", "True", "a b", "0x10")
-
-
-@pytest.fixture
-def shell(monkeypatch):
-    """A function that runs a command line in this process; returns its exit status."""
-
-    def run(commands, *arguments, name=None):
-        monkeypatch.setattr(sys, "argv", ["prog", *arguments])
-        try:
-            cli.run(commands, name)
-        except SystemExit as stop:
-            if isinstance(stop.code, str):
-                print(stop.code, file=sys.stderr)
-                return 1
-            return stop.code or 0
-        return 0
-
-    return run
 
 
 @pytest.mark.parametrize("text", ODD)
@@ -41,33 +23,34 @@ def test_text_arrives_as_typed_and_numbers_as_numbers(shell, text):
     def command(first: str, second: str | None = None, number: float = 0, either=None) -> None:
         got.append((first, second, number, either))
 
-    assert shell(command, text, "--second", text, "--number", "1.5", "--either", "None") == 0
-    assert shell({"do": command}, "do", f"--first={text}", "--number", "7") == 0
+    flags = ("--second", text, "--number", 1.5, "--either", "None")
+    assert shell(text, *flags, commands=command)[0] == 0
+    assert shell("do", f"--first={text}", "--number", 7, commands={"do": command})[0] == 0
     assert got == [(text, text, 1.5, None), (text, None, 7, None)]
 
 
-def test_nothing_runs_until_the_whole_command_line_fits(shell, capfd):
+def test_nothing_runs_until_the_whole_command_line_fits(shell):
     ran = []
 
     def command(path: str, size: int = 1) -> None:
         """Does it."""
         ran.append(path)
 
-    assert shell(command, "here", "--sise", "3") == 2
-    assert "--sise" in capfd.readouterr().err
-    assert shell(command) == 2
-    assert shell({"do": command}, "dont") == 2
-    assert shell(command, "--help") == 0
+    status, _, error = shell("here", "--sise", 3, commands=command)
+    assert status == 2
+    assert "--sise" in error
+    assert shell(commands=command)[0] == 2
+    assert shell("dont", commands={"do": command})[0] == 2
+    assert shell("--help", commands=command)[0] == 0
     assert not ran
 
 
 @pytest.mark.parametrize("error", [ValueError("size is 0"), FileNotFoundError("no such folder: x")])
-def test_an_error_for_people_is_one_sentence_and_status_1(shell, capfd, error):
+def test_an_error_for_people_is_one_sentence_and_status_1(shell, error):
     def command() -> None:
         raise error
 
-    assert shell(command) == 1
-    assert capfd.readouterr() == ("", f"{error}\n")
+    assert shell(commands=command) == (1, "", f"{error}\n")
 
 
 def test_an_error_of_ours_keeps_its_traceback(shell):
@@ -75,7 +58,7 @@ def test_an_error_of_ours_keeps_its_traceback(shell):
         raise AssertionError("ours")
 
     with pytest.raises(AssertionError, match="ours"):
-        shell(command)
+        shell(commands=command)
 
 
 @pytest.mark.parametrize(
@@ -89,18 +72,17 @@ def test_an_error_of_ours_keeps_its_traceback(shell):
         ("--loud", "1", "True or False"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_refused_before_anything_runs(
-    shell, capfd, flag, value, works
-):
+def test_a_value_of_the_wrong_kind_is_refused_before_anything_runs(shell, flag, value, works):
     ran = []
 
     def command(size: int = 1, share: float | None = None, loud: bool = False) -> None:
         ran.append((size, share, loud))
 
-    assert shell(command, flag, value) == 1
-    assert capfd.readouterr().err.endswith(f"; it must be {works}\n")
+    status, _, error = shell(flag, value, commands=command)
+    assert status == 1
+    assert error.endswith(f"; it must be {works}\n")
     assert not ran
-    assert shell(command, "--size=-3", "--share=2", "--loud") == 0
+    assert shell("--size=-3", "--share=2", "--loud", commands=command)[0] == 0
     assert ran == [(-3, 2, True)]
 
 
@@ -174,12 +156,11 @@ def test_info_knows_the_released_models(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_info_takes_a_path_as_typed(tmp_path, monkeypatch, shell, capsys, name):
+def test_info_takes_a_path_as_typed(tmp_path, monkeypatch, shell, name):
     monkeypatch.chdir(tmp_path)
-    assert shell(__main__.COMMANDS, "info", name) == 1
-    assert capsys.readouterr().err == f"{name}: there is no such folder\n"
+    assert shell("info", name) == (1, "", f"{name}: there is no such folder\n")
     written(Path(name))
-    assert shell(__main__.COMMANDS, "info", name) == 0
+    assert shell("info", name)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -196,13 +177,12 @@ def test_info_takes_a_path_as_typed(tmp_path, monkeypatch, shell, capsys, name):
         (["--max_seq_len", "1,2"], "--max_seq_len is (1, 2); it must be a whole number or None\n"),
     ],
 )
-def test_info_refuses_limits_that_do_not_work(tmp_path, shell, capsys, flags, message):
+def test_info_refuses_limits_that_do_not_work(tmp_path, shell, flags, message):
     written(tmp_path)
-    assert shell(__main__.COMMANDS, "info", str(tmp_path), *flags) == 1
-    said = capsys.readouterr()
-    assert said.err.startswith(message)
-    assert said.err.count("\n") == 1
-    assert not said.out
+    status, out, error = shell("info", tmp_path, *flags)
+    assert (status, out) == (1, "")
+    assert error.startswith(message)
+    assert error.count("\n") == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its memory from /proc")
