@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llama.cache import Batch
 from llama.model import Transformer
-from llama.sampling import RowParams, SamplingParams, finite_rows, logprobs_of, sample
+from llama.sampling import RowParams, SamplingParams, count_tokens, finite_rows, logprobs_of, sample
 
 if TYPE_CHECKING:
     from llama.cuda.forward import FlatForward
@@ -362,7 +362,9 @@ class Engine:
             self._rows = (ready, rows)
         rows = self._rows[1]
         index = torch.tensor([len(r.tokens) for r in ready]).to(self.device)
-        counts = self._counts(ready, logits) if rows.penalised else None
+        counts = None
+        if rows.penalised:
+            counts = count_tokens(torch.zeros_like(logits), [r.tokens for r in ready])
         chosen = sample(logits, rows, index, counts)  # (R,)
         k = max((r.params.logprobs or 0) for r in ready)
         logprob, top_ids, top = logprobs_of(logits, chosen, k)
@@ -390,14 +392,6 @@ class Engine:
                 f"{len(request.tokens)} of its answer) are not finite, with weights in "
                 f"{self.cache.k.dtype}: check the checkpoint, or build with dtype='float32'"
             )
-
-    def _counts(self, ready: list[Request], logits: Tensor) -> Tensor:
-        """How often each request generated each token (R, V)."""
-        counts = torch.zeros_like(logits)
-        rows = [i for i, r in enumerate(ready) for _ in r.tokens]
-        ids = [t for r in ready for t in r.tokens]
-        where = torch.tensor([rows, ids], dtype=torch.int64).to(self.device)
-        return counts.index_put_((where[0], where[1]), counts.new_ones(()), accumulate=True)
 
     def _emit(self, ready: list[Request], choices: list[Choice]) -> list[Event]:
         self._note(choice.token for choice in choices)

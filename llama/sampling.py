@@ -250,6 +250,14 @@ def sample(logits: Tensor, rows: RowParams, index: Tensor, counts: Tensor | None
     return scores.argmax(-1)
 
 
+def count_tokens(counts: Tensor, generated: Sequence[Sequence[int]]) -> Tensor:
+    """Add to counts (R, V) how often each of the first rows generated each token; returns them."""
+    rows = [row for row, tokens in enumerate(generated) for _ in tokens]
+    ids = [token for tokens in generated for token in tokens]
+    at_rows, at_ids = torch.tensor([rows, ids], dtype=torch.int64).to(counts.device)
+    return counts.index_put_((at_rows, at_ids), counts.new_ones(()), accumulate=True)
+
+
 def finite_rows(logits: Tensor) -> Tensor:
     """(R, V) -> (R,) bool: False where a row has NaN or +inf, or nothing but -inf."""
     return logits.amax(-1).isfinite()  # amax passes NaN on

@@ -18,6 +18,7 @@ from llama import sampling
 from llama.sampling import (
     RowParams,
     SamplingParams,
+    count_tokens,
     finite_rows,
     gumbel,
     logprobs_of,
@@ -431,6 +432,12 @@ def test_penalties_and_biases_are_what_their_definition_says():
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
     cold = [dataclasses.replace(p, temperature=0) for p in params]
     assert torch.equal(sample(logits, rows_of(*cold), index, counts), expected.argmax(-1))
+
+
+def test_tokens_are_counted_row_by_row():
+    counts = count_tokens(torch.zeros(3, 5), [[4, 1, 4], []])  # the third row is not told of
+    assert counts.tolist() == [[0, 1, 0, 0, 2], [0] * 5, [0] * 5]
+    assert not count_tokens(torch.zeros(2, 5), [[], []]).any()
 
 
 def test_a_banned_token_never_comes_and_a_large_bias_always_does():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.cuda.sampling import Sampler
-from llama.sampling import RowParams, SamplingParams, finite_rows, logprobs_of, sample
+from llama.sampling import RowParams, SamplingParams, count_tokens, finite_rows, logprobs_of, sample
 
 ROWS = 16  # that are chosen for at a time, which bounds what their V-long rows take
 
@@ -48,11 +48,7 @@ class Shifts:
             at_rows, at_ids, shifts = new.bias
             self.shift.index_put_((at_rows, at_ids), shifts, accumulate=True)
         self.counts[:padded] = 0
-        told = [(i, t) for i, (_, _, generated) in enumerate(rows) for t in generated]
-        if told:
-            where = torch.tensor(told, device=self.device).T
-            one = self.counts.new_ones(())
-            self.counts.index_put_((where[0], where[1]), one, accumulate=True)
+        count_tokens(self.counts, [generated for _, _, generated in rows])
 
     def _allocate(self) -> None:
         max_rows = self.shape[0]
