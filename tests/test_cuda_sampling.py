@@ -298,9 +298,9 @@ from triton.compiler import ASTSource
 from llama.cuda import sampling
 
 TYPES = {"logits": "*fp32", "stride": "i32", "mask": "*i32", "temperature": "*fp32",
-         "top_p": "*i64", "seed": "*i64", "index": "*i64", "keys": "*i64", "peaks": "*fp32",
-         "sums": "*fp32", "bins": "*i64", "best": "*i64", "found": "*i64", "ids": "*i64",
-         "logprob": "*fp32", "finite": "*i32", "per": "i32", "parts": "i32"}
+         "top_p": "*i64", "seed": "*i64", "seed_stride": "i32", "index": "*i64", "keys": "*i64",
+         "peaks": "*fp32", "sums": "*fp32", "bins": "*i64", "best": "*i64", "found": "*i64",
+         "ids": "*i64", "logprob": "*fp32", "finite": "*i32", "per": "i32", "parts": "i32"}
 VALUES = {"VOCAB": 128256, "MASKED": True, "OVERLAP": True, "BLOCK": sampling.BLOCK,
           "MAX_PARTS": sampling.MAX_PARTS, "BINS": sampling.BINS, "BEST": sampling.BEST}
 found = {}

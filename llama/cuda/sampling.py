@@ -110,9 +110,9 @@ def _odds(scaled):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gumbel(seed, index, first, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gumbel(seed, stride, index, first, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """`llama.sampling.gumbel` of the ids from `first`, a multiple of 4, to `first + BLOCK`."""
-    left, right = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
+    left, right = tl.load(seed).to(tl.uint32), tl.load(seed + stride).to(tl.uint32)
     block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     low = tl.zeros_like(block) + (index & 0xFFFFFFFF).to(tl.uint32)
     high = tl.zeros_like(block) + (index >> 32).to(tl.uint32)
@@ -246,8 +246,8 @@ def _narrow(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["per"])
 def _draw(  # type: ignore[no-untyped-def]
-    logits, stride, mask, temperature, top_p, seed, index, keys, bins, best, found, per,
-    VOCAB: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, MAX_PARTS: tl.constexpr,
+    logits, stride, mask, temperature, top_p, seed, seed_stride, index, keys, bins, best, found,
+    per, VOCAB: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, MAX_PARTS: tl.constexpr,
     BINS: tl.constexpr, BEST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The threshold's second digit; the best score above it, and by third digit the best at it."""
@@ -275,7 +275,7 @@ def _draw(  # type: ignore[no-untyped-def]
             weights, places = _odds(scaled)
             high = places >> SHIFT_LOW
             if tl.max(high, 0) >= edge:  # most blocks hold nothing that stays
-                noise = _gumbel(seed + row * 2, tl.load(index + row), start, BLOCK)
+                noise = _gumbel(seed + row, seed_stride, tl.load(index + row), start, BLOCK)
                 key = _key(scaled + noise, ids)
                 top = tl.maximum(top, tl.where(high > edge, key, LEAST_KEY))
                 third, at = places & (RADIX_LOW - 1), high == edge
@@ -317,13 +317,13 @@ def _pick(  # type: ignore[no-untyped-def]
 class Sampler:
     """Parameters and results of up to `max_rows` rows, which keep their places in memory.
 
-    The caller writes the parameters between steps; a captured call reads what stands there when it
-    is replayed.
+    The caller writes the parameters between steps, or has them in tensors of its own; a captured
+    call reads what stands there when it is replayed.
     """
 
     temperature: Tensor  # (R,) float32; 0 takes the most probable token
     top_p: Tensor  # (R,) int64, in units of 2**-24; 2**24 filters nothing
-    seed: Tensor  # (R, 2) int64, the low and the high word
+    seed: Tensor  # (R, 2) int64, the low words side by side, then the high ones
     mask: Tensor  # (R, ceil(V / 32)) int32: bit i % 32 of word i // 32 allows token i
     ids: Tensor  # (R,) int64
     logprob: Tensor  # (R,) float32, of the chosen token, as `llama.sampling.logprobs_of` has it
@@ -340,7 +340,7 @@ class Sampler:
 
         self.temperature = new(torch.float32)
         self.top_p = new(torch.int64).fill_(FULL.value)
-        self.seed = new(torch.int64, 2)
+        self.seed = torch.zeros(2, max_rows, dtype=torch.int64, device=device).T
         self.mask = new(torch.int32, (vocab_size + 31) // 32).fill_(-1)
         self.ids = new(torch.int64)
         self.logprob = new(torch.float32)
@@ -365,6 +365,7 @@ class Sampler:
         assert index.dtype == torch.int64, index.dtype
         assert index.is_contiguous(), index.stride()
         assert rows <= self.max_rows, (rows, self.max_rows)
+        assert self.seed.stride(0) == 1, self.seed.stride()
         blocks = triton.cdiv(self.vocab_size, BLOCK)
         per = triton.cdiv(blocks, max(1, min(MAX_PARTS, PROGRAMS // rows)))
         parts = triton.cdiv(blocks, per)
@@ -378,7 +379,7 @@ class Sampler:
         _weigh[grid](*given, self.top_p, self._keys, self._bins, per, **tiled)
         _narrow[grid](*given, self.top_p, self._keys, self._bins, self._found, per, **tiled)
         _draw[grid](
-            *given, self.top_p, self.seed, index, self._keys,
+            *given, self.top_p, self.seed, self.seed.stride(1), index, self._keys,
             self._bins, self._best, self._found, per, BEST=BEST, **tiled,
         )  # fmt: skip
         _pick[rows,](

@@ -67,8 +67,8 @@ def _begin(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _advance(  # type: ignore[no-untyped-def]
-    ids, finite, logprob, results, tokens, positions, slots, lengths, index, limits, stops, rows, T,
-    S: tl.constexpr, R_PAD: tl.constexpr, OVERLAP: tl.constexpr,
+    ids, finite, logprob, results, tokens, positions, slots, lengths, index, limits, stops, stride,
+    rows, T, S: tl.constexpr, R_PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """What the step brought, for the host; and where the next one is."""
     allow(OVERLAP)
@@ -85,9 +85,9 @@ def _advance(  # type: ignore[no-untyped-def]
     likely = tl.load(logprob + r, mask=real, other=0.0)
     tl.store(results + 3 * r + 2, likely.to(tl.int32, bitcast=True), mask=real)
     ending = tl.load(
-        stops + r[:, None] * S + tl.arange(0, S)[None, :], mask=real[:, None], other=-1
-    )
-    stopped = tl.max((ending == chosen[:, None]).to(tl.int32), 1) > 0
+        stops + tl.arange(0, S)[:, None] * stride + r[None, :], mask=real[None, :], other=-1
+    )  # (S, R)
+    stopped = tl.max((ending == chosen[None, :]).to(tl.int32), 0) > 0
     ended = stopped | (count + 1 >= tl.load(limits + r, mask=real, other=0)) | (position + 1 >= T)
     tl.store(tokens + r, chosen, mask=live)
     tl.store(positions + r, position + 1, mask=live)
@@ -183,11 +183,12 @@ class CapturedStep:
         self.scratch = Scratch(self.forward, max_rows)
         self.sampler = Sampler(max_rows, args.vocab_size, device)
         self.shifts = Shifts(max_rows, args.vocab_size, device)
-        self.state = torch.zeros(10 + STOPS, max_rows, dtype=torch.int64, device=device)
+        self.state = torch.zeros(9 + STOPS, max_rows, dtype=torch.int64, device=device)
         (self.tokens, self.positions, self.slots, self.lengths, self.index, self.limits) = (
             self.state[:6]
         )
-        self.stops = torch.full((max_rows, STOPS), -1, dtype=torch.int64, device=device)
+        self.sampler.seed, self.sampler.top_p = self.state[6:8].T, self.state[8]
+        self.stops = self.state[9:]  # (S, R)
         self.results = torch.zeros(max_rows, 3, dtype=torch.int32, device=device)
         self.overlap = overlap(device)
         self.graphs: dict[Key, torch.cuda.CUDAGraph] = {}
@@ -213,16 +214,13 @@ class CapturedStep:
         self.knows_stops = all(len(row.stops) <= STOPS for row in rows)
         columns = [
             [r.token, r.position, r.slot, r.position + 1, len(r.generated), r.limit, r.seed & WORD,
-             r.seed >> 32 & WORD, max(1, round(r.params.top_p * 2**TOP_P_BITS)), 0,
+             r.seed >> 32 & WORD, max(1, round(r.params.top_p * 2**TOP_P_BITS)),
              *[*r.stops, *[-1] * STOPS][:STOPS]]
             for r in rows
         ]  # fmt: skip
-        idle = [0, 0, -1, 0, 0, 0, 0, 0, 2**TOP_P_BITS, 0, *[-1] * STOPS]
+        idle = [0, 0, -1, 0, 0, 0, 0, 0, 2**TOP_P_BITS, *[-1] * STOPS]
         columns += [idle] * (self.rows - len(rows))
         self._send(self.state[:, : self.rows], torch.tensor(columns).T.contiguous())
-        self.stops[: self.rows] = self.state[10:, : self.rows].T
-        self.sampler.seed[: self.rows] = self.state[6:8, : self.rows].T
-        self.sampler.top_p[: self.rows] = self.state[8, : self.rows]
         heat = [r.params.temperature and max(r.params.temperature, SMALLEST_NORMAL) for r in rows]
         heat += [0.0] * (self.rows - len(rows))
         self._send(self.sampler.temperature[: self.rows], torch.tensor(heat))
@@ -341,8 +339,9 @@ class CapturedStep:
             self.shifts(logits, self.index[:n], self.slots[:n], self.sampler, key.top)
         _advance[(1,)](
             self.sampler.ids, self.sampler.finite, self.sampler.logprob, self.results, self.tokens,
-            self.positions, self.slots, self.lengths, self.index, self.limits, self.stops, n,
-            self.cache.max_seq_len, S=STOPS, R_PAD=power_of_two(n), **self.overlap,
+            self.positions, self.slots, self.lengths, self.index, self.limits, self.stops,
+            self.stops.stride(0), n, self.cache.max_seq_len, S=STOPS, R_PAD=power_of_two(n),
+            **self.overlap,
         )  # fmt: skip
 
     def _norm(self, n: int, weight: Tensor) -> tuple[Tensor, tuple[Tensor, float] | None]:
