@@ -7,6 +7,8 @@ of every kernel must call `wait`, also one that has nothing to do, since that is
 promise hold along a chain of kernels. `allow` lets the successor begin.
 """
 
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,7 +47,8 @@ def fetch(row, length, FETCH: tl.constexpr, OVERLAP: tl.constexpr):  # type: ign
         )  # fmt: skip
 
 
-def overlap(device: torch.device) -> dict[str, Any]:
+@cache
+def overlap(device: torch.device) -> Mapping[str, Any]:
     """Keyword arguments of a launch: overlapped with its predecessor where the GPU can do that."""
     can = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"OVERLAP": True, "launch_pdl": True} if can else {"OVERLAP": False}
