@@ -178,6 +178,7 @@ class CapturedStep:
             self.table: Weight = embedding.packed
         else:
             self.table = embedding.get_parameter("weight")
+        self.most_rows = [min(map(most_rows, block.products())) for block in self.forward.blocks]
         self.products = Products(device)
         self._reserve()
         self.scratch = Scratch(self.forward, max_rows)
@@ -328,7 +329,7 @@ class CapturedStep:
             GROUP=table.group, **self.overlap,
         )  # fmt: skip
         for layer, block in enumerate(self.forward.blocks):
-            if n <= min(most_rows(weight) for weight in block.products()):
+            if n <= self.most_rows[layer]:
                 self._few(n, layer, block, key.long)
             else:
                 self._many(n, layer, block, key.long)
