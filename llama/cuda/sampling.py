@@ -96,17 +96,14 @@ def _best_key(keys, row, parts, MAX_PARTS: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _scaled(logits, peak, temperature):  # type: ignore[no-untyped-def]
-    """Logits less the row's maximum, over temperature: <= 0, whatever the row holds."""
-    scaled = tl.div_rn(logits - peak, tl.zeros_like(logits) + temperature)
-    return tl.where(scaled <= 0, scaled, -float("inf"))
-
-
-@triton.jit
-def _odds(scaled):  # type: ignore[no-untyped-def]
-    """A token's weight, and its place among the weights above 0 (negative where it has none)."""
+def _odds(logits, peak, temperature):  # type: ignore[no-untyped-def]
+    """Logits less the row's maximum, over temperature: <= 0, whatever the row holds; tokens'
+    weights; and their places among the weights above 0 (negative where a token has none)."""
+    heat = tl.zeros_like(logits) + tl.maximum(temperature, COLDEST)
+    scaled = tl.div_rn(logits - peak, heat)
+    scaled = tl.where(scaled <= 0, scaled, -float("inf"))
     odds = libdevice.exp(scaled) if LIBDEVICE else tl.exp(scaled)
-    return (odds * SCALE).to(tl.int64), odds.to(tl.int32, bitcast=True) - LOWEST
+    return scaled, (odds * SCALE).to(tl.int64), odds.to(tl.int32, bitcast=True) - LOWEST
 
 
 @triton.jit
@@ -201,7 +198,6 @@ def _weigh(  # type: ignore[no-untyped-def]
     share, heat = tl.load(top_p + row), tl.load(temperature + row)
     if (heat > 0) & (share < FULL):
         peak = _value(_best_key(keys, row, tl.num_programs(0), MAX_PARTS))
-        heat = tl.maximum(heat, COLDEST)
         bins += row * BINS
         tail = (-share + FULL) * LEAST_TAIL // VOCAB
         first = part * per * BLOCK
@@ -209,7 +205,7 @@ def _weigh(  # type: ignore[no-untyped-def]
         for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
             ids = start + tl.arange(0, BLOCK)
             _, open_to = _load(logits, mask, row, ids, stride, VOCAB, MASKED)
-            weights, places = _odds(_scaled(open_to, peak, heat))
+            _, weights, places = _odds(open_to, peak, heat)
             counts = (places >= 0) & (weights >= tail)
             tl.atomic_add(bins + (places >> SHIFT), weights, mask=counts, sem="relaxed")
             lumped += tl.where(counts, 0, weights)
@@ -229,7 +225,6 @@ def _narrow(  # type: ignore[no-untyped-def]
     share, heat = tl.load(top_p + row), tl.load(temperature + row)
     if (heat > 0) & (share < FULL):
         peak = _value(_best_key(keys, row, tl.num_programs(0), MAX_PARTS))
-        heat = tl.maximum(heat, COLDEST)
         bins += row * BINS
         digit, goal = _digit(bins, _goal(bins, share, RADIX), RADIX)
         if part == 0:
@@ -239,7 +234,7 @@ def _narrow(  # type: ignore[no-untyped-def]
         for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
             ids = start + tl.arange(0, BLOCK)
             _, open_to = _load(logits, mask, row, ids, stride, VOCAB, MASKED)
-            weights, places = _odds(_scaled(open_to, peak, heat))
+            _, weights, places = _odds(open_to, peak, heat)
             second = bins + RADIX + (places >> SHIFT_LOW & (RADIX - 1))
             tl.atomic_add(second, weights, mask=places >> SHIFT == digit, sem="relaxed")
 
@@ -257,7 +252,6 @@ def _draw(  # type: ignore[no-untyped-def]
     share, heat = tl.load(top_p + row), tl.load(temperature + row)
     if heat > 0:
         peak = _value(_best_key(keys, row, tl.num_programs(0), MAX_PARTS))
-        heat = tl.maximum(heat, COLDEST)
         bins += row * BINS
         best += row * BEST
         edge = tl.full([], -(2**30), tl.int32)  # every token is above it
@@ -271,8 +265,7 @@ def _draw(  # type: ignore[no-untyped-def]
         for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
             ids = start + tl.arange(0, BLOCK)
             _, open_to = _load(logits, mask, row, ids, stride, VOCAB, MASKED)
-            scaled = _scaled(open_to, peak, heat)
-            weights, places = _odds(scaled)
+            scaled, weights, places = _odds(open_to, peak, heat)
             high = places >> SHIFT_LOW
             if tl.max(high, 0) >= edge:  # most blocks hold nothing that stays
                 noise = _gumbel(seed + row, seed_stride, tl.load(index + row), start, BLOCK)
