@@ -51,15 +51,7 @@ def info(
         model_parallel_size: processes that share the model.
         quantize: int8, fp8, int4, mixed, or formats by part of the model; as stored by default.
     """
-    rows = inspect(
-        ckpt_dir,
-        max_batch_size=max_batch_size,
-        max_seq_len=max_seq_len,
-        dtype=dtype,
-        model_parallel_size=model_parallel_size,
-        quantize=quantize,
-    )
-    _say(rows)
+    _say(inspect(ckpt_dir, max_batch_size, max_seq_len, dtype, model_parallel_size, quantize))
 
 
 def chat(

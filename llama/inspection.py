@@ -22,12 +22,11 @@ from llama.tokenizer import TextTokenizer
 
 def inspect(
     ckpt_dir: str,
-    *,
-    max_batch_size: int = 1,
-    max_seq_len: int | None = None,
-    dtype: str | None = None,
-    model_parallel_size: int = 1,
-    quantize: str | None = None,
+    max_batch_size: int,
+    max_seq_len: int | None,
+    dtype: str | None,
+    model_parallel_size: int,
+    quantize: str | None,
 ) -> dict[str, str]:
     """Words by title; arguments as of Llama.build. ValueError where build would raise one for them,
     but for memory: that is a row."""
