@@ -11,7 +11,7 @@ from conftest import tiny_args
 pytest.importorskip("triton", reason="triton is not installed")
 
 from test_cuda_products import DEVICE, NAN, close, multiply, randn, rotated  # noqa: F401
-from test_cuda_step import GREEDY, PROMPTS, answers, check, engine_of
+from test_cuda_step import GREEDY, PROMPTS, answers, check, engine_of, small_blocks
 
 from llama.cache import Batch
 from llama.checkpoint import make_plan, random_checkpoint
@@ -19,8 +19,9 @@ from llama.checkpoint.packed import Format, Packed
 from llama.cuda import attention, forward, products, step, tuning
 from llama.cuda.forward import FlatForward, joined
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Rotation
-from llama.cuda.tuning import DecodeAttention, OneRow, SomeRows
+from llama.cuda.tuning import ByWords, DecodeAttention, OneRow, norms_inputs
 from llama.cuda.unpack import Unpacked, unpack
+from llama.cuda.weights import pairs_of
 from llama.parallel import ONE
 from llama.quantization import formats_of, load
 from llama.quantization.formats import quantize
@@ -32,18 +33,24 @@ KINDS = [Format("int8"), Format("fp8"), *(Format("int4", group) for group in (16
 
 
 def packed(outputs, inputs, format, seed=1):
-    return quantize(randn(outputs, inputs, seed=seed) / inputs**0.5, format)
+    made = quantize(randn(outputs, inputs, seed=seed) / inputs**0.5, format)
+    if made.offset is None:
+        return made
+    pairs = pairs_of(made)
+    return Packed(made.weight, pairs[..., 0], pairs[..., 1])
 
 
 def blocks_of(rows, format, inputs):
     """Tiles with an edge where the inputs have one."""
-    block = max(64, format.group)
+    run = 128 if format.group else 64
+    if rows == 1 and not format.group:
+        return OneRow(32, run, 2)
     if rows == 1:
-        return OneRow(32, block, 2)
-    return SomeRows(16, 32, block, 2 if inputs > block else 1, 2, 4)
+        return ByWords(8, 16, 2 * run, 1, 2)
+    return ByWords(max(8, rows), 32, run, 2 if inputs > run else 1, 2, apart=True)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 16])
 @pytest.mark.parametrize(
     ("format", "inputs"),
     [*zip(KINDS, (160, 96, 160, 160, 192, 384), strict=True), (Format("int8"), 44)], ids=str,
@@ -56,8 +63,7 @@ def test_products_with_packed_weights(multiply, rows, format, inputs):  # noqa: 
         product = x.double() @ numbers.T
         out = torch.full((rows, 72), NAN, device=DEVICE)
         multiply(x, weight, out, STORE, blocks=blocks)
-        bound = HALF if rows > 1 else torch.float32
-        close(out, product, bound if dtype == HALF else torch.float32)
+        close(out, product, dtype)
     residual = randn(rows, 72, seed=2)
     x = randn(rows, inputs)
     product = x.double() @ numbers.T
@@ -78,7 +84,7 @@ def test_packed_queries_are_rotated_and_normed(multiply, rows, format):  # noqa:
     k, v = (torch.zeros(rows, 4, kv, size, device=DEVICE) for _ in range(2))
     q = torch.full((rows, heads, size), NAN, device=DEVICE)
     where = Rotation(cos, sin, places, places, k, v)
-    norm = (gain, 1e-5) if rows == 1 else None
+    norm = (gain, 1e-5) if norms_inputs(rows, format.kind) else None
     multiply(x, weight, q, ROTATE, norm=norm, rotation=where, blocks=blocks_of(rows, format, 96))
     h = F.rms_norm(x, (96,), gain, 1e-5) if norm else x
     y = (h @ weight.unpack(torch.float32).T).view(rows, -1, size)
@@ -132,16 +138,16 @@ SHORT = replace(GREEDY, max_tokens=3)
 @pytest.mark.parametrize("recipe", ["int8", MIXED], ids=str)
 def test_the_captured_step_of_a_quantized_model_is_the_plain_one(recipe, monkeypatch):
     if DEVICE.type == "cpu":
-        few = DecodeAttention(3, 16, 2, 4, 16)
+        few = DecodeAttention(3, 16, 2, 4, ahead=16)
         monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: few)
-        monkeypatch.setattr(products, "one_row_blocks", lambda *_: OneRow(128, 64, 4))
+        monkeypatch.setattr(products, "product_blocks", small_blocks)
     model = quantized_model(recipe, n_layers=2 if recipe is MIXED else 1)
     plain = answers(engine_of(model, False), PROMPTS[:2], SHORT)
     check(answers(engine_of(model, True), PROMPTS[:2], SHORT), plain)
 
 
 def test_more_rows_than_our_products_take(monkeypatch):
-    few = DecodeAttention(3, 16, 2, 4, 16)
+    few = DecodeAttention(3, 16, 2, 4, ahead=16)
     monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: few)
     monkeypatch.setattr(step, "MOST_ROWS", dict.fromkeys(tuning.MOST_ROWS, 0))
     monkeypatch.setattr(forward, "OUTPUT_ROWS", 40)  # 96 of them

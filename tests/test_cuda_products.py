@@ -205,11 +205,17 @@ driver.set_active(NoGpu())
 run = JITFunction.run
 def only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
-    print(self.__name__, kernel.asm["ptx"].count("griddepcontrol.wait"), len(kernel.asm["cubin"]))
+    ptx = kernel.asm["ptx"]
+    print(self.__name__, ptx.count("griddepcontrol.wait"), len(kernel.asm["cubin"]),
+          ptx.count("mma.sync"))
 JITFunction.run = only
 from llama.cuda import attention, products as room
+from llama.checkpoint.packed import Format, Packed
 from llama.cuda.attention import DecodeAttention
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
+from llama.cuda.tuning import ByWords
+from llama.cuda.weights import pairs_of
+from llama.quantization.formats import quantize
 room.overlap = attention.overlap = lambda device: {"OVERLAP": True, "launch_pdl": True}
 def new(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype)
@@ -225,6 +231,14 @@ for rows in (1, 8):
     products(x, w, new(rows, 1024), ADD)
     products(x, w, new(rows, 512), GATE, norm=norm)
     products(x, w, new(rows, 1024, dtype=torch.float32), STORE, norm=norm)
+    for format in (Format("int8"), Format("fp8"), Format("int4", 64)):
+        rand = torch.rand(1024, 1024) - 0.5
+        made = quantize(rand, format)
+        if format.group:
+            pairs = pairs_of(made)
+            made = Packed(made.weight, pairs[..., 0], pairs[..., 1])
+        blocks = ByWords(8, 16, 512, 1, 4)
+        products(x, made, new(rows, 512), GATE, blocks=blocks)
     attend = DecodeAttention(rows, 4, 2, 128, device)
     attend(new(rows, 4, 128), cache, cache, where, where, new(rows, 4, 128))
 """
@@ -240,6 +254,10 @@ def test_kernels_compile_for_compute_capability_9_without_a_gpu():
         pytest.skip("this triton brings no ptxas")
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, *_ in lines] == [*["_one_row"] * 4, "_attend", *["_some_rows"] * 4,
-                                            "_attend"]  # fmt: skip
-    assert all(int(waits) >= 1 and int(size) > 1000 for _, waits, size in lines)
+    found = [(name, *map(int, numbers)) for name, *numbers in lines]
+    names = [name for name, *_ in found]
+    words = ["_some_rows"] * 3
+    assert names == [*["_one_row"] * 4, *words, "_attend", *["_some_rows"] * 4, *words, "_attend"]
+    assert all(waits >= 1 and size > 1000 for _, waits, size, _ in found)
+    of_packed = [products for *_, products in (*found[4:7], *found[12:15])]
+    assert min(of_packed) > 0, of_packed

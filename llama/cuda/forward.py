@@ -21,9 +21,9 @@ from llama.checkpoint.packed import Packed
 from llama.cuda.prefill import attend_runs, tile_table, tiling
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.unpack import Unpacked
-from llama.cuda.weights import Weight
+from llama.cuda.weights import Weight, pairs_of
 from llama.model import Transformer, TransformerBlock, attend_decode
-from llama.quantization.linear import QuantizedLinear
+from llama.quantization.linear import QuantizedEmbedding, QuantizedLinear
 
 # Attention of sequences that bring one token: q (R, H, E), k_layer and v_layer (P, T, K, E),
 # slots (R,) int64, lengths (R,) int64, and out (R, H, E), which it writes.
@@ -34,37 +34,48 @@ OUTPUT_ROWS = 8192  # of a packed output matrix that are unpacked at once
 
 
 def joined(modules: Sequence[nn.Module]) -> Weight:
-    """The weights of linear layers, one below the other: (sum of rows, in).
+    """The weights of layers, one below the other: (sum of rows, in).
 
     A view where they lie so in one storage already. Elsewhere they are copied into a new one, and
-    the layers' weights become views of that, so that nothing is held twice.
+    the layers' weights become views of that, so that nothing is held twice. Scales and offsets of
+    int4 come to lie side by side, as kernels read them.
     """
-    if not any(isinstance(module, QuantizedLinear) for module in modules):
-        return _joined(modules, "weight")
-    held = {str(m.packed.format) if isinstance(m, QuantizedLinear) else "plain" for m in modules}
-    assert len(held) == 1, held  # as checkpoint.load groups them
-    names = [name for name in Packed._fields if getattr(modules[0], name) is not None]
-    return Packed(*(_joined(modules, name) for name in names))
+    packed = [m.packed for m in modules if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    held = {str(p.format) for p in packed}
+    assert not held or (len(held) == 1 and len(packed) == len(modules)), held  # as they are grouped
+    weight = _below([module.get_parameter("weight").detach() for module in modules])
+    if not packed:
+        return _hand_out(modules, weight=weight)["weight"]
+    if packed[0].offset is None:
+        return Packed(**_hand_out(modules, weight=weight, scale=_below([p.scale for p in packed])))
+    pairs = _below([pairs_of(p) for p in packed])
+    return Packed(**_hand_out(modules, weight=weight, scale=pairs[..., 0], offset=pairs[..., 1]))
 
 
-def _joined(modules: Sequence[nn.Module], name: str) -> Tensor:
-    """`joined` of one of the layers' parameters, rows first."""
-    weights = [module.get_parameter(name).detach() for module in modules]
-    sizes = [len(weight) for weight in weights]
-    first = weights[0]
-    starts = accumulate((weight.nbytes for weight in weights), initial=first.data_ptr())
+def _hand_out(modules: Sequence[nn.Module], **tensors: Tensor) -> dict[str, Tensor]:
+    """Have each module hold its rows of the tensors, by the name of its parameter."""
+    for name, tensor in tensors.items():
+        held = [module.get_parameter(name) for module in modules]
+        parts = torch.split(tensor, [len(parameter) for parameter in held])
+        for module, parameter, part in zip(modules, held, parts, strict=True):
+            if parameter.data_ptr() != part.data_ptr() or parameter.stride() != part.stride():
+                setattr(module, name, nn.Parameter(part, requires_grad=False))
+    return tensors
+
+
+def _below(tensors: Sequence[Tensor]) -> Tensor:
+    """Contiguous tensors as one, rows first: a view if they lie one below the other, or a copy."""
+    first, sizes = tensors[0].detach(), [len(tensor) for tensor in tensors]
+    starts = accumulate((tensor.nbytes for tensor in tensors), initial=first.data_ptr())
     if all(
-        weight.is_contiguous()
-        and weight.data_ptr() == start
-        and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for weight, start in zip(weights, starts, strict=False)
+        tensor.is_contiguous()
+        and tensor.data_ptr() == start
+        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for tensor, start in zip(tensors, starts, strict=False)
     ):
         return first.as_strided((sum(sizes), *first.shape[1:]), first.stride())
-    bits = [weight.view(torch.uint8) if weight.itemsize == 1 else weight for weight in weights]
-    whole = torch.cat(bits).view(first.dtype)  # torch joins no float8
-    for module, part in zip(modules, torch.split(whole, sizes), strict=True):
-        setattr(module, name, nn.Parameter(part, requires_grad=False))
-    return whole
+    bits = [tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor for tensor in tensors]
+    return torch.cat(bits).view(first.dtype)  # torch joins no float8
 
 
 class Block(NamedTuple):
@@ -119,6 +130,7 @@ class FlatForward:
         self.attend_ones = attend_ones
         self.heads, self.kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
         self.output = joined([model.output])
+        self.table = self.output if args.tied else joined([model.tok_embeddings])
         self.blocks = [Block.of(layer) for layer in model.layers]  # type: ignore[arg-type]
         weight = model.norm.weight
         self.cut = tiling(args.head_dim, weight.dtype, weight.device)

@@ -34,6 +34,16 @@ def allow(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN20
 
 
 @triton.jit
+def in_order(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """Keep the compiler from moving the loads that come before to where they are used."""
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def fetch(row, length, FETCH: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
     """Have the first FETCH bytes of rows brought to the L2 cache; (N, 1) pointers to `length`
     numbers each, of what no kernel writes. Waits for nothing."""

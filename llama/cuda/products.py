@@ -1,11 +1,11 @@
 """Products of a few rows with a weight, at the speed at which the weight can be read.
 
 Two kernels, one template: `_one_row` multiplies and adds in float32, each program a few outputs;
-`_some_rows` gives tiles of the weight to the tensor cores, whose smallest tile has room for 16
-rows. Both read each weight once, and share what comes before and after the product: the norm of
-the input, and an epilogue that adds a residual, gates by SiLU, or rotates queries and keys and
+`_some_rows` gives tiles of the weight to the tensor cores, whose smallest tile has room for 8
+or 16 rows. Both read each weight once, and share what comes before and after the product: the norm
+of the input, and an epilogue that adds a residual, gates by SiLU, or rotates queries and keys and
 stores them. Knows no layers. The surprising thing: pairs (rotary, or w1 beside w3) are neighbours
-in a tile, so that one epilogue serves both; `_outputs` says which weight row that is.
+in a tile, so that one epilogue serves both; `output_row` says which weight row that is.
 
 Letters: R rows, N outputs, K inputs; RP is R padded for the tensor cores.
 """
@@ -19,19 +19,20 @@ from torch import Tensor
 
 from llama.cuda.launch import allow, overlap
 from llama.cuda.tiles import tile_by_group, tile_by_row
-from llama.cuda.tuning import OneRow, SomeRows, one_row_blocks, some_rows_blocks
+from llama.cuda.tuning import Blocks, ByWords, OneRow, SomeRows, product_blocks
 from llama.cuda.weights import (
     FP8,
     INT4,
     INT8,
     PLAIN,
     Weight,
-    by_group,
     by_number,
     by_row,
     kind_of,
+    output_row,
     source,
 )
+from llama.cuda.words import tile_of_words
 
 STORE, ADD, GATE, ROTATE = (tl.constexpr(i) for i in range(4))
 
@@ -50,14 +51,6 @@ class Rotation:
     positions: Tensor
     k: Tensor
     v: Tensor
-
-
-@triton.jit
-def _outputs(j, n_outputs, EPILOGUE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
-    """The weight rows of the tile's outputs `j`: w1 and w3 take turns where they gate."""
-    if EPILOGUE == GATE:
-        return (j % 2) * (n_outputs // 2) + j // 2
-    return j
 
 
 @triton.jit
@@ -110,11 +103,10 @@ def _finish(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 @triton.jit
 def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    x, w, scale, offset, gain, eps, n_outputs, out, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
+    x, w, scale, gain, eps, n_outputs, out, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
-    KIND: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    E: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of one row: small programs, as many as the chip can hold at a time, each with
     the next tiles of its weights on their way; one sum across its threads, at the end.
@@ -125,18 +117,14 @@ def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
     if not LATE:
         allow(OVERLAP)
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n, real = _outputs(j, n_outputs, EPILOGUE).to(tl.int64), j < n_outputs
+    n, real = output_row(j, n_outputs, EPILOGUE == GATE).to(tl.int64), j < n_outputs
     if KIND == PLAIN:
         y, squares = by_number(x, w, gain, n, real, K, BLOCK_N, BLOCK_K, NORM, AHEAD, OVERLAP)
-    elif KIND == INT4:
-        y, squares = by_group(
-            x, w, scale, offset, gain, n, real, K, BLOCK_N, BLOCK_K, GROUP, NORM, OVERLAP
-        )
     else:
         y, squares = by_row(x, w, gain, n, real, K, BLOCK_N, BLOCK_K, NORM, OVERLAP)
     if LATE:
         allow(OVERLAP)
-    if KIND == INT8 or KIND == FP8:  # noqa: SIM109 (Triton)
+    if KIND != PLAIN:
         y *= tl.load(scale + n, mask=real, other=0.0)
     if NORM:
         y *= tl.rsqrt(squares / K + eps)
@@ -148,9 +136,10 @@ def _one_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 @triton.jit
 def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    x, w, scale, offset, rows, n_outputs, out, partial, arrived, cos, sin, slots, positions, k, v,  # noqa: ANN001
-    T, K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: ANN001
-    KIND: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    x, w, scale, rows, n_outputs, out, partial, arrived, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
+    K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SINGLE: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, APART: tl.constexpr,
     LATE: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     E: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -163,19 +152,25 @@ def _some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     first, part = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     j = first + tl.arange(0, BLOCK_N)
     r = tl.arange(0, RP)
-    n, real = _outputs(j, n_outputs, EPILOGUE).to(tl.int64), (j < n_outputs)[:, None]
+    n = output_row(j, n_outputs, EPILOGUE == GATE).to(tl.int64)
     SPAN: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
     begin = part * SPAN
     end = min(begin + SPAN, K)
-    if KIND == INT4:
+    if WORDS:
+        y = tile_of_words(
+            x, w, scale, rows, n_outputs, first, begin, end, K, RP, BLOCK_N, BLOCK_K, KIND, GROUP,
+            EPILOGUE == GATE, SINGLE, WARPS, APART, OVERLAP,
+        )  # fmt: skip
+    elif KIND == INT4:
         y = tile_by_group(
-            x, w, scale, offset, r, rows, n, real, begin, end, K, RP, BLOCK_N, BLOCK_K, GROUP,
-            STAGES, OVERLAP,
+            x, w, scale, r, rows, n, (j < n_outputs)[:, None], begin, end, K, RP, BLOCK_N, BLOCK_K,
+            GROUP, STAGES, OVERLAP,
         )  # fmt: skip
     else:
         y = tile_by_row(
-            x, w, r, rows, n, real, begin, end, K, RP, BLOCK_N, BLOCK_K, STAGES, OVERLAP
-        )
+            x, w, r, rows, n, (j < n_outputs)[:, None], begin, end, K, RP, BLOCK_N, BLOCK_K, STAGES,
+            OVERLAP,
+        )  # fmt: skip
     if LATE:
         allow(OVERLAP)
     last = True
@@ -217,7 +212,7 @@ class Products:
         *,
         norm: tuple[Tensor, float] | None = None,
         rotation: Rotation | None = None,
-        blocks: OneRow | SomeRows | None = None,
+        blocks: Blocks | None = None,
     ) -> Tensor:
         """x (R, K) times weight (N, K), and the epilogue, into `out`, which is returned.
 
@@ -237,35 +232,36 @@ class Products:
             where = (rotation.cos, rotation.sin, rotation.slots, rotation.positions, rotation.k,
                      rotation.v)  # fmt: skip
         read, kind = source(weight), kind_of(weight)
-        shape = dict(EPILOGUE=epilogue, HEADS=heads, KV_HEADS=kv_heads, E=size, KIND=read.kind,
-                     GROUP=read.group, **self.extra)  # fmt: skip
-        if rows == 1:
-            one = blocks or one_row_blocks(outputs, inputs, kind)
-            assert isinstance(one, OneRow), one
-            assert one.ahead == 1 or not kind, "packed weights are one tile ahead"
-            words = read.weight
-            if kind in ("int8", "int4") and inputs % 8 == 0:
-                words = words.view(torch.int32)
+        shape = dict(EPILOGUE=epilogue, HEADS=heads, KV_HEADS=kv_heads, E=size, **self.extra)
+        blocks = blocks or product_blocks(rows, outputs, inputs, kind)
+        if isinstance(blocks, OneRow):
+            assert rows == 1, rows
+            assert not kind or (kind != "int4" and blocks.ahead == 1), (kind, blocks)
+            words = kind == "int8" and inputs % 8 == 0
             gain, eps = norm or (x, 0.0)
-            _one_row[(triton.cdiv(outputs, one.block_n),)](
-                x, words, read.scale, read.offset, gain, eps, outputs, out, *where, longest,
-                K=inputs, BLOCK_N=one.block_n, BLOCK_K=one.block_k, NORM=norm is not None,
-                AHEAD=one.ahead, LATE=one.late, num_warps=one.warps, **shape,
+            _one_row[(triton.cdiv(outputs, blocks.block_n),)](
+                x, read.weight.view(torch.int32) if words else read.weight, read.scale, gain, eps,
+                outputs, out, *where, longest,
+                K=inputs, BLOCK_N=blocks.block_n, BLOCK_K=blocks.block_k, AHEAD=blocks.ahead,
+                NORM=norm is not None, KIND=read.kind, LATE=blocks.late, num_warps=blocks.warps,
+                **shape,
             )  # fmt: skip
             return out
-        assert norm is None, "the norm of several rows is made before"
-        some = blocks or some_rows_blocks(rows, outputs, inputs, kind)
-        assert isinstance(some, SomeRows), some
-        tiles = self.reserve(outputs, some)
-        _some_rows[(tiles, some.split)](
-            x, read.weight, read.scale, read.offset, rows, outputs, out, self.partial,
-            self.arrived, *where, longest,
-            K=inputs, RP=some.padded, BLOCK_N=some.block_n, BLOCK_K=some.block_k, SPLIT=some.split,
-            STAGES=some.stages, LATE=some.late, num_warps=some.warps, **shape,
+        assert norm is None, "only the float32 product of a single row norms it"
+        words = isinstance(blocks, ByWords)
+        tiles = self.reserve(outputs, blocks)
+        _some_rows[(tiles, blocks.split)](
+            x, read.weight.view(torch.int32) if words else read.weight, read.scale, rows, outputs,
+            out, self.partial, self.arrived, *where, longest,
+            K=inputs, RP=blocks.padded, BLOCK_N=blocks.block_n, BLOCK_K=blocks.block_k, WORDS=words,
+            KIND=read.kind, GROUP=read.group, SINGLE=rows == 1, SPLIT=blocks.split,
+            STAGES=0 if isinstance(blocks, ByWords) else blocks.stages, WARPS=blocks.warps,
+            APART=isinstance(blocks, ByWords) and blocks.apart, LATE=blocks.late,
+            num_warps=blocks.warps, **shape,
         )  # fmt: skip
         return out
 
-    def reserve(self, outputs: int, blocks: SomeRows) -> int:
+    def reserve(self, outputs: int, blocks: SomeRows | ByWords) -> int:
         """Have scratch for such a product; the tiles that it has. A captured product keeps the
         addresses it was given, so what is captured must be reserved before."""
         tiles = -(-outputs // blocks.block_n)

@@ -33,10 +33,16 @@ from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.sampling import Sampler
 from llama.cuda.shifts import Shifts
-from llama.cuda.tuning import LONG, MOST_ROWS, power_of_two, some_rows_blocks
+from llama.cuda.tuning import (
+    LONG,
+    MOST_ROWS,
+    OneRow,
+    norms_inputs,
+    power_of_two,
+    product_blocks,
+)
 from llama.cuda.weights import Weight, kind_of, source, table_row
 from llama.model import Transformer
-from llama.quantization.linear import QuantizedEmbedding
 from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WORD, SamplingParams
 
 STOPS = 32  # stop ids of a row that the device knows; the host knows them all
@@ -45,7 +51,7 @@ EXACT = tl.constexpr(not INTERPRETED)  # the interpreter has no libdevice
 
 @triton.jit
 def _begin(  # type: ignore[no-untyped-def]
-    tokens, positions, slots, table, scale, offset, freqs, x, cos, sin, places, T,
+    tokens, positions, slots, table, scale, freqs, x, cos, sin, places, T,
     D: tl.constexpr, HALF: tl.constexpr, D_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +61,7 @@ def _begin(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     d, i = tl.arange(0, D_PAD), tl.arange(0, HALF_PAD)
     token = tl.load(tokens + row)
-    entry = table_row(table, scale, offset, token, d, D, KIND, GROUP)
+    entry = table_row(table, scale, token, d, D, KIND, GROUP)
     tl.store(x + row.to(tl.int64) * D + d, entry.to(x.dtype.element_ty), mask=d < D)
     slot, position = tl.load(slots + row), tl.load(positions + row)
     angle = position.to(tl.float32) * tl.load(freqs + i, mask=i < HALF, other=0.0)
@@ -173,11 +179,6 @@ class CapturedStep:
         heads, kv_heads = args.n_heads, args.n_kv_heads
         self.attend = DecodeAttention(max_rows, heads, kv_heads, args.head_dim, device)
         self.forward = FlatForward(model, self.attend)
-        embedding = model.tok_embeddings
-        if isinstance(embedding, QuantizedEmbedding):
-            self.table: Weight = embedding.packed
-        else:
-            self.table = embedding.get_parameter("weight")
         self.most_rows = [min(map(most_rows, block.products())) for block in self.forward.blocks]
         self.products = Products(device)
         self._reserve()
@@ -290,10 +291,11 @@ class CapturedStep:
         weights = [weight for block in self.forward.blocks for weight in block.products()]
         shapes = {(*w.shape, kind_of(w), most_rows(w)) for w in [*weights, self.forward.output]}
         for outputs, inputs, kind, most in shapes:
-            rows = 2
+            rows = 1
             while rows <= min(most, self.max_rows * 2 - 1):
-                blocks = some_rows_blocks(rows, outputs, inputs, kind)
-                self.products.reserve(outputs, blocks)
+                blocks = product_blocks(rows, outputs, inputs, kind)
+                if not isinstance(blocks, OneRow):
+                    self.products.reserve(outputs, blocks)
                 rows *= 2
 
     def _send(self, target: Tensor, source: Tensor) -> None:
@@ -321,9 +323,9 @@ class CapturedStep:
         """Embedding, layers, choice, and what the next step starts from."""
         s, n, model = self.scratch, key.rows, self.forward.model
         size = model.params.head_dim // 2
-        dim, table = model.params.dim, source(self.table)
+        dim, table = model.params.dim, source(self.forward.table)
         _begin[(n,)](
-            self.tokens, self.positions, self.slots, table.weight, table.scale, table.offset,
+            self.tokens, self.positions, self.slots, table.weight, table.scale,
             model.freqs, s.x, s.cos, s.sin, s.places, self.cache.max_seq_len, D=dim, HALF=size,
             D_PAD=power_of_two(dim), HALF_PAD=power_of_two(size), KIND=table.kind,
             GROUP=table.group, **self.overlap,
@@ -345,21 +347,23 @@ class CapturedStep:
             **self.overlap,
         )  # fmt: skip
 
-    def _norm(self, n: int, weight: Tensor) -> tuple[Tensor, tuple[Tensor, float] | None]:
-        """The states, normed, or with what the product of a single row norms them by."""
+    def _norm(
+        self, n: int, weight: Tensor, of: Weight | None = None
+    ) -> tuple[Tensor, tuple[Tensor, float] | None]:
+        """The states, normed, or with what the product `of` a single row norms them by."""
         eps = self.forward.model.params.norm_eps
-        if n == 1:
+        if of is not None and norms_inputs(n, kind_of(of)):
             return self.scratch.x[:1], (weight, eps)
         return rms_norm(self.scratch.x[:n], weight, eps, out=self.scratch.normed[:n]), None
 
     def _few(self, n: int, layer: int, block: Block, long: bool) -> None:
         s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
         where = Rotation(s.cos, s.sin, self.slots, self.positions, k, v)
-        h, norm = self._norm(n, block.attention_norm)
+        h, norm = self._norm(n, block.attention_norm, block.wqkv)
         self.products(h, block.wqkv, s.q[:n], ROTATE, norm=norm, rotation=where)
         self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long)
         self.products(s.attended[:n].flatten(1), block.wo, s.x[:n], ADD)
-        h, norm = self._norm(n, block.ffn_norm)
+        h, norm = self._norm(n, block.ffn_norm, block.w13)
         self.products(h, block.w13, s.gated[:n], GATE, norm=norm)
         self.products(s.gated[:n], block.w2, s.x[:n], ADD)
 
@@ -382,7 +386,7 @@ class CapturedStep:
     def _logits(self, n: int) -> Tensor:
         """Logits (n, V) float32 of the states."""
         weight = self.forward.model.norm.weight
-        h, norm = self._norm(n, weight)
+        h, norm = self._norm(n, weight, self.forward.output)
         logits = self.scratch.logits[:n]
         if n <= most_rows(self.forward.output):
             return self.products(h, self.forward.output, logits, STORE, norm=norm)

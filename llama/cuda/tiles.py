@@ -1,6 +1,7 @@
 """Products of some rows on the tensor cores, from weights as they lie: plain, int8, fp8 or int4.
 
-The loops of products.py's `_some_rows`. The surprising thing: the halves of int4's bytes are two
+Loops of products.py's `_some_rows`: of plain weights, and of packed ones for more than 32 rows, up
+to which words.py is faster. The surprising thing: the halves of int4's bytes are two
 tiles, each multiplied by the inputs that are its own, so no tile is ever put in order.
 
 Letters: N outputs, K inputs, RP rows as the tensor cores see them, G of a group.
@@ -10,24 +11,24 @@ import triton
 import triton.language as tl
 
 from llama.cuda.launch import wait
-from llama.cuda.weights import inside, masked
+from llama.cuda.weights import inside, scale_and_offset
 
 
 @triton.jit
 def _of_groups(  # type: ignore[no-untyped-def]  # noqa: ANN202
     at, row, real, begin, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr  # noqa: ANN001
 ):  # fmt: skip
-    """Scales or offsets (BLOCK_N, BLOCK_K / G) of a tile of int4."""
+    """Scales and offsets (BLOCK_N, BLOCK_K / G) of a tile of int4."""
     g = tl.arange(0, BLOCK_K // GROUP)
     here = real & inside(g, begin // GROUP, K // GROUP, BLOCK_K // GROUP)[None, :]
     at += row[:, None] * (K // GROUP) + begin // GROUP + g[None, :]
-    return tl.load(at, mask=here, other=0.0)
+    return scale_and_offset(tl.load(at, mask=here, other=0))
 
 
 @triton.jit
 def _spread(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
     """A number of each group, (BLOCK_N, BLOCK_K / G), for each byte, (BLOCK_N, BLOCK_K / 2)."""
-    each = tl.broadcast_to(x.to(tl.float32)[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP // 2))
+    each = tl.broadcast_to(x[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP // 2))
     return tl.reshape(each, (BLOCK_N, BLOCK_K // 2))
 
 
@@ -35,9 +36,10 @@ def _spread(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr
 def _nibbles(tile, s, o):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
     """The numbers of the low and of the high halves of bytes, in float32."""
     bits = tile.to(tl.int32)
-    o -= 16.0 * s
-    low = masked(bits << 19, 0x780000, 0x41800000, 0xEA)  # 16 + q
-    return low * s + o, masked(bits << 15, 0x780000, 0x41800000, 0xEA) * s + o
+    o -= 16.0 * s  # a nibble as the first bits of a float's fraction says 16 + q
+    low = ((bits << 19) & 0x780000 | 0x41800000).to(tl.float32, bitcast=True)
+    high = ((bits << 15) & 0x780000 | 0x41800000).to(tl.float32, bitcast=True)
+    return low * s + o, high * s + o
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def tile_by_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
 
 @triton.jit
 def tile_by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    x, w, scale, offset, r, rows, row, real, begin, end, K: tl.constexpr, RP: tl.constexpr,  # noqa: ANN001
+    x, w, pairs, r, rows, row, real, begin, end, K: tl.constexpr, RP: tl.constexpr,  # noqa: ANN001
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -81,8 +83,7 @@ def tile_by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
     small to be brought to shared memory while a tile is worked on, are loaded one tile ahead."""
     HALF: tl.constexpr = GROUP // 2
     at = w + row[:, None] * (K // 2)
-    s = _of_groups(scale, row, real, begin, K, BLOCK_K, GROUP)
-    o = _of_groups(offset, row, real, begin, K, BLOCK_K, GROUP)
+    s, o = _of_groups(pairs, row, real, begin, K, BLOCK_K, GROUP)
     wait(OVERLAP)
     y = tl.zeros((BLOCK_N, RP), tl.float32)
     byte = tl.arange(0, BLOCK_K // 2)
@@ -100,6 +101,5 @@ def tile_by_group(  # type: ignore[no-untyped-def]  # noqa: ANN201
         )
         y = tl.dot(first.to(lows.dtype), lows, y, input_precision="ieee")
         y = tl.dot(second.to(highs.dtype), highs, y, input_precision="ieee")
-        s = _of_groups(scale, row, real, start + BLOCK_K, K, BLOCK_K, GROUP)
-        o = _of_groups(offset, row, real, start + BLOCK_K, K, BLOCK_K, GROUP)
+        s, o = _of_groups(pairs, row, real, start + BLOCK_K, K, BLOCK_K, GROUP)
     return y

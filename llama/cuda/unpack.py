@@ -13,14 +13,14 @@ from torch import Tensor
 
 from llama.cuda.launch import allow, overlap, wait
 from llama.cuda.weights import INT4 as _INT4
-from llama.cuda.weights import Weight, source
+from llama.cuda.weights import Weight, scale_and_offset, source
 
 _BLOCK = 2048  # numbers, or bytes of int4, of a program
 
 
 @triton.jit
 def _unpack(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    w, scale, offset, out, numel, K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,  # noqa: ANN001
+    w, scale, out, numel, K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,  # noqa: ANN001
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of w, wherever rows end."""
@@ -31,8 +31,7 @@ def _unpack(  # type: ignore[no-untyped-def]  # noqa: ANN202
     wait(OVERLAP)  # the product before may still read `out`
     if INT4:
         HALF: tl.constexpr = GROUP // 2
-        s = tl.load(scale + i // HALF, mask=real, other=0.0).to(tl.float32)
-        o = tl.load(offset + i // HALF, mask=real, other=0.0).to(tl.float32)
+        s, o = scale_and_offset(tl.load(scale + i // HALF, mask=real, other=0))
         low, high = (q & 15).to(tl.float32) * s + o, (q >> 4).to(tl.float32) * s + o
         at = out + i // HALF * GROUP + i % HALF
         tl.store(at, low.to(out.dtype.element_ty), mask=real)
@@ -49,7 +48,7 @@ def unpack(weight: Weight, out: Tensor) -> Tensor:
     assert out.shape == weight.shape, (out.shape, weight.shape)
     numel = read.weight.numel()
     _unpack[(triton.cdiv(numel, _BLOCK),)](
-        read.weight, read.scale, read.offset, out, numel, K=weight.shape[1], GROUP=read.group,
+        read.weight, read.scale, out, numel, K=weight.shape[1], GROUP=read.group,
         INT4=read.kind == _INT4, BLOCK=_BLOCK, num_warps=4, **overlap(out.device),
     )  # fmt: skip
     return out
