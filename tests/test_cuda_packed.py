@@ -121,6 +121,17 @@ def test_packed_layers_are_joined_once(format):
         assert joined(layers).weight.data_ptr() == layers[0].weight.data_ptr()
 
 
+def test_a_tied_table_is_held_once():
+    """Kernels read int4's scale and offset side by side, and both layers get these."""
+    model = quantized_model({"layers": "int8", "output": "int4"}, tied=True)
+    whole = model.tok_embeddings.dequantized()
+    forward = FlatForward(model)
+    for layer in (model.output, model.tok_embeddings):
+        assert layer.scale.data_ptr() == forward.table.scale.data_ptr()
+        assert layer.offset.data_ptr() == layer.scale.data_ptr() + 2
+        assert torch.equal(layer.dequantized(), whole)
+
+
 def quantized_model(recipe, **changes):
     """A model whose products are few in the interpreter."""
     shape = dict(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=64)
@@ -150,7 +161,7 @@ def test_more_rows_than_our_products_take(monkeypatch):
     few = DecodeAttention(3, 16, 2, 4, ahead=16)
     monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: few)
     monkeypatch.setattr(step, "MOST_ROWS", dict.fromkeys(tuning.MOST_ROWS, 0))
-    monkeypatch.setattr(forward, "OUTPUT_ROWS", 40)  # 96 of them
+    monkeypatch.setattr(forward, "UNPACKED", 40 * 64)  # 40 rows of 64 inputs
     model = quantized_model("int4")
     plain = answers(engine_of(model, False), PROMPTS[:2], SHORT)
     check(answers(engine_of(model, True), PROMPTS[:2], SHORT), plain)

@@ -105,17 +105,20 @@ class Plan:
 
     @property
     def unpacked(self) -> int:
-        """What a GPU's products of many rows unpack at once: a layer's largest packed storage.
+        """What a GPU's products of many rows unpack at once: at most 2^25 numbers of a matrix.
 
-        Of the output matrix no more than 8192 rows; kernels are for one rank.
+        Kernels are for one rank.
         """
         if self.device != "cuda" or self.ranks > 1 or not self.formats:
             return 0
-        sizes = {name: prod(shape) for name, shape in shapes(self.args).items()}
-        sets = [group for group in groups(self.args) if group[0].startswith("layers.")]
-        layers = [sum(sizes[name] for name in group) for group in sets if group[0] in self.formats]
-        output = self.args.dim * min(8192, self.args.vocab_size)
-        return max([output, *layers]) * self.dtype.itemsize
+        every = shapes(self.args)
+        sizes = []
+        for group in groups(self.args):
+            if group[0] in self.formats and group[0] != "tok_embeddings.weight":
+                columns = every[group[0]][1]
+                rows = sum(every[name][0] for name in group)
+                sizes.append(columns * min(rows, max(1, 2**25 // columns)))
+        return max(sizes, default=0) * self.dtype.itemsize
 
     @property
     def total(self) -> int:

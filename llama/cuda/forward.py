@@ -3,13 +3,13 @@
 What Transformer.hidden and .logits compute, with the weights that share an input joined into one
 product, norms, rotation, cache and gate as one kernel each, and all causal attention in one launch.
 It knows no requests. The surprising thing: residuals are added by the products themselves, which
-accumulate onto the states in place. Packed weights are unpacked for each product, one at a time.
+accumulate onto the states in place. Packed weights are unpacked for each product, a part at a time.
 
 Letters: N rows, D dim, H query heads and K key/value heads, E head size, F hidden size, M wanted
 logits, V vocabulary, R one-token sequences, P slots, T positions, X tiles.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from llama.quantization.linear import QuantizedEmbedding, QuantizedLinear
 AttendOnes = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], object]
 
 
-OUTPUT_ROWS = 8192  # of a packed output matrix that are unpacked at once
+UNPACKED = 2**25  # numbers of a packed matrix that are unpacked at once
 
 
 def joined(modules: Sequence[nn.Module]) -> Weight:
@@ -76,6 +76,13 @@ def _below(tensors: Sequence[Tensor]) -> Tensor:
         return first.as_strided((sum(sizes), *first.shape[1:]), first.stride())
     bits = [tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor for tensor in tensors]
     return torch.cat(bits).view(first.dtype)  # torch joins no float8
+
+
+def rows_at_once(weight: Weight) -> int:
+    """Of a weight, for a product by torch: all of a plain one, of a packed one what is unpacked."""
+    if isinstance(weight, Tensor):
+        return len(weight)
+    return min(weight.shape[0], max(1, UNPACKED // weight.shape[1]))
 
 
 class Block(NamedTuple):
@@ -131,18 +138,20 @@ class FlatForward:
         self.heads, self.kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
         self.output = joined([model.output])
         self.table = self.output if args.tied else joined([model.tok_embeddings])
+        if args.tied and isinstance(self.output, Packed):
+            held = {name: t for name, t in self.output._asdict().items() if t is not None}
+            _hand_out([model.tok_embeddings], **held)
         self.blocks = [Block.of(layer) for layer in model.layers]  # type: ignore[arg-type]
         weight = model.norm.weight
         self.cut = tiling(args.head_dim, weight.dtype, weight.device)
         self.numbers = Unpacked(self._largest(), weight.dtype, weight.device)
 
     def _largest(self) -> int:
-        """Numbers of the largest matrix that is unpacked at once."""
-        packed = [w for block in self.blocks for w in block.products() if isinstance(w, Packed)]
-        sizes = [w.shape[0] * w.shape[1] for w in packed]
-        if isinstance(self.output, Packed):
-            sizes.append(min(OUTPUT_ROWS, self.output.shape[0]) * self.output.shape[1])
-        return max(sizes, default=0)
+        """Numbers of the most that is unpacked at once."""
+        every = [self.output, *(weight for block in self.blocks for weight in block.products())]
+        return max(
+            (rows_at_once(w) * w.shape[1] for w in every if isinstance(w, Packed)), default=0
+        )
 
     @torch.no_grad()
     def hidden(self, tokens: Tensor, positions: Tensor, batch: Batch, cache: KVCache) -> Tensor:
@@ -176,16 +185,35 @@ class FlatForward:
 
     def logits_into(self, h: Tensor, out: Tensor) -> Tensor:
         """Products (M, V) of states and the output matrix, rounded to their dtype, in `out`."""
-        if isinstance(self.output, Tensor):
-            return out.copy_(torch.mm(h, self.output.t()))
-        for low in range(0, out.shape[1], OUTPUT_ROWS):
-            some = self.numbers(self.output.rows(low, min(low + OUTPUT_ROWS, out.shape[1])))
-            out[:, low : low + OUTPUT_ROWS].copy_(torch.mm(h, some.t()))
+        for low, high, some in self.parts(self.output):
+            out[:, low:high].copy_(torch.mm(h, some.t()))
         return out
+
+    def parts(self, weight: Weight) -> Iterator[tuple[int, int, Tensor]]:
+        """Rows low to high of a weight, and their plain numbers, until the next is asked for."""
+        step = rows_at_once(weight)
+        for low in range(0, weight.shape[0], step):
+            high = min(low + step, weight.shape[0])
+            yield (
+                low,
+                high,
+                self.numbers(weight if isinstance(weight, Tensor) else weight.rows(low, high)),
+            )
+
+    def product(self, x: Tensor, weight: Weight, out: Tensor) -> Tensor:
+        """The product of x (N, in) and weight (out, in), in `out` (N, out), which is returned."""
+        for low, high, some in self.parts(weight):
+            torch.mm(x, some.t(), out=out[:, low:high])
+        return out
+
+    def add_product(self, into: Tensor, x: Tensor, weight: Weight) -> None:
+        """into (N, out) += the product of x (N, in) and weight (out, in), rounded once."""
+        for low, high, some in self.parts(weight):
+            into[:, low:high].addmm_(x, some.t())
 
     def _attention(self, h: Tensor, x: Tensor, layer: int, block: Block, step: Step) -> None:
         """x += attention of h (N, D)."""
-        qkv = self._product(h, block.wqkv)  # (N, (H + 2K) * E)
+        qkv = self.product(h, block.wqkv, h.new_empty(len(h), block.wqkv.shape[0]))
         batch, ones = step.batch, step.batch.ones
         k, v = step.cache.k[layer], step.cache.v[layer]
         q = rotate_and_store(
@@ -198,18 +226,10 @@ class FlatForward:
             self.attend_ones(q[:ones], k, v, batch.slot_of_row[:ones], step.lengths, out[:ones])
         if step.tiles is not None:
             attend_runs(q, k, v, step.tiles, out, self.cut)
-        self._add_product(x, out.flatten(1), block.wo)
+        self.add_product(x, out.flatten(1), block.wo)
 
     def _feed_forward(self, h: Tensor, x: Tensor, block: Block) -> None:
         """x += feed-forward of h (N, D)."""
-        both = self._product(h, block.w13)  # (N, 2F)
+        both = self.product(h, block.w13, h.new_empty(len(h), block.w13.shape[0]))  # (N, 2F)
         gated = silu_multiply(both, out=both[:, : both.shape[1] // 2])
-        self._add_product(x, gated, block.w2)
-
-    def _product(self, x: Tensor, weight: Weight) -> Tensor:
-        """x (N, in), weight (out, in) -> (N, out)."""
-        return torch.mm(x, self.numbers(weight).t())
-
-    def _add_product(self, into: Tensor, x: Tensor, weight: Weight) -> None:
-        """into (N, out) += the product of x (N, in) and weight (out, in), rounded once."""
-        into.addmm_(x, self.numbers(weight).t())
+        self.add_product(x, gated, block.w2)

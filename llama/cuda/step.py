@@ -369,19 +369,18 @@ class CapturedStep:
 
     def _many(self, n: int, layer: int, block: Block, long: bool) -> None:
         s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
-        numbers = self.forward.numbers
         heads, kv_heads = self.forward.heads, self.forward.kv_heads
         h, _ = self._norm(n, block.attention_norm)
-        torch.mm(h, numbers(block.wqkv).t(), out=s.qkv[:n])
+        self.forward.product(h, block.wqkv, s.qkv[:n])
         rotate_and_store(
             s.qkv[:n], s.cos, s.sin, s.places, k, v, heads, kv_heads, out=s.q[:n]
         )  # (n, H, E)
         self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long)
-        s.x[:n].addmm_(s.attended[:n].flatten(1), numbers(block.wo).t())
+        self.forward.add_product(s.x[:n], s.attended[:n].flatten(1), block.wo)
         h, _ = self._norm(n, block.ffn_norm)
-        torch.mm(h, numbers(block.w13).t(), out=s.both[:n])
+        self.forward.product(h, block.w13, s.both[:n])
         silu_multiply(s.both[:n], out=s.gated[:n])
-        s.x[:n].addmm_(s.gated[:n], numbers(block.w2).t())
+        self.forward.add_product(s.x[:n], s.gated[:n], block.w2)
 
     def _logits(self, n: int) -> Tensor:
         """Logits (n, V) float32 of the states."""
