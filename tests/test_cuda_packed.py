@@ -74,6 +74,16 @@ def test_products_with_packed_weights(multiply, rows, format, inputs):  # noqa: 
     close(multiply(x, weight, out, GATE, blocks=blocks), F.silu(gate) * up, torch.float32)
 
 
+@pytest.mark.parametrize("format", [KINDS[0], KINDS[4]], ids=str)
+def test_a_part_of_a_sum_may_have_no_inputs(multiply, format):  # noqa: F811
+    """Three tiles of inputs in four parts: the last begins where the weight ends."""
+    run = 128 if format.group else 64
+    x, weight = randn(5, 3 * run), packed(32, 3 * run, format)
+    out = torch.full((5, 32), NAN, device=DEVICE)
+    multiply(x, weight, out, STORE, blocks=ByWords(8, 32, run, 4, 2, apart=True))
+    close(out, x.double() @ weight.unpack(torch.float32).double().T, torch.float32)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("format", [KINDS[0], KINDS[1], KINDS[3]], ids=str)
 def test_packed_queries_are_rotated_and_normed(multiply, rows, format):  # noqa: F811

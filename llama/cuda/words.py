@@ -221,9 +221,10 @@ def tile_of_words(  # type: ignore[no-untyped-def]  # noqa: ANN201
     c += tl.zeros((1, 1 if APART else W, 1, 1), tl.int32)
     to_x = x + tl.minimum(r, rows - 1) * K + c  # rows too many repeat the last
 
-    words = _load(to_w + begin // EACH, begin + column < end, WHOLE)
+    soon = tl.minimum(begin, K - BLOCK_K) if WHOLE else begin  # a part may have no inputs
+    words = _load(to_w + soon // EACH, soon + column < end, WHOLE)
     if KIND == INT4:
-        pair = _load(to_pair + begin // GROUP, begin + in_group < end, WHOLE)
+        pair = _load(to_pair + soon // GROUP, soon + in_group < end, WHOLE)
     wait(OVERLAP)
     y = tl.zeros((W, OUTPUTS, RP), tl.float32)
     for start in tl.range(begin, end, BLOCK_K, num_stages=1):
