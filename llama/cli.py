@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -27,8 +28,9 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
     annotated `tuple[str, ...]` all that were given under their name. ValueError and OSError, which
     is how this library says that something given does not work, and ImportError, which names an
     extra that is not installed, end the process with their sentence on stderr and status 1, or with
-    their traceback where `--debug` is among the arguments; a
-    command line that does not fit, with fire's usage and status 2; Ctrl-C and a reader who leaves a
+    their traceback where `--debug` is among the arguments; an option that the function does not
+    have, with those that it has and status 2; another command line that does not fit, with fire's
+    usage and status 2; Ctrl-C and a reader who leaves a
     pipe, with no words. `name` is what the usage calls this program; None: the file's name.
     """
     debug = "--debug" in sys.argv[1:]
@@ -52,10 +54,13 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
     try:
         if isinstance(commands, Mapping):
             first = commands.get(arguments[0]) if arguments else None
+            if first is not None:
+                _know(arguments[1:], first, arguments[0])
             arguments = _gathered(arguments, _several(first) if first else [])
             every = {word: choosing(each) for word, each in commands.items()}
             fire.Fire(every, command=arguments, name=name)
         else:
+            _know(arguments, commands, "it")
             arguments = _gathered(arguments, _several(commands))
             fire.Fire(choosing(commands), command=arguments, name=name)
         for call in chosen:
@@ -92,6 +97,23 @@ def read_text(file: str | None) -> str:
         raise ValueError(
             f"{where} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}"
         ) from None
+
+
+def _know(arguments: Sequence[str], command: Command, called: str) -> None:
+    """End the process where an option is none of the command's."""
+    words = [*inspect.signature(command).parameters]
+    for argument in arguments:
+        if argument in ("-", "--"):  # what follows is fire's own
+            return
+        flag = argument.partition("=")[0]
+        word = flag[2:].replace("-", "_")
+        known = word in (*words, "help") or word.removeprefix("no") in words
+        if flag.startswith("--") and not known:
+            like = get_close_matches(word, words, 1)
+            meant = f"did you mean --{like[0]}? " if like else ""
+            takes = ", ".join(f"--{each}" for each in [*words, "debug"])
+            sys.stderr.write(f"there is no option {flag}: {meant}{called} takes {takes}\n")
+            sys.exit(2)
 
 
 def _several(command: Command) -> list[str]:

@@ -45,6 +45,19 @@ def test_nothing_runs_until_the_whole_command_line_fits(shell):
     assert not ran
 
 
+def test_an_option_that_is_none_is_told_in_a_sentence_with_those_that_are(shell):
+    def command(path: str, size: int = 1, fast: bool = True) -> None:
+        """Does it."""
+
+    takes = "do takes --path, --size, --fast, --debug\n"
+    told = shell("do", "here", "--sise=3", commands={"do": command})
+    assert told == (2, "", f"there is no option --sise: did you mean --size? {takes}")
+    told = shell("do", "here", "--elsewhere", commands={"do": command})
+    assert told == (2, "", f"there is no option --elsewhere: {takes}")
+    assert shell("do", "here", "--nofast", "--size", -1, commands={"do": command})[0] == 0
+    assert shell("do", "here", "--", "--trace", commands={"do": command})[0] == 0
+
+
 @pytest.mark.parametrize("error", [ValueError("size is 0"), FileNotFoundError("no such folder: x")])
 def test_an_error_for_people_is_one_sentence_and_status_1(shell, error):
     def command() -> None:
