@@ -123,6 +123,10 @@ class Chat:
                 raise
             except (ValueError, OSError, FloatingPointError) as error:
                 self.terminal.note(sentence(error))
+            except KeyboardInterrupt as pressed:
+                if pressed.args or not self.terminal.interactive:
+                    raise  # twice in one answer: out of here
+                self.terminal.note("\n(Ctrl-D or /quit leaves)")  # once, when it was just over
         self.answers.close()
 
     def take(self, text: str, fenced: bool = False) -> None:

@@ -74,15 +74,15 @@ class Terminal:
     def ctrl_c(self) -> Iterator[Callable[[], bool]]:
         """Within this, Ctrl-C does not interrupt: the value, a function, says if it was pressed.
 
-        A second one raises KeyboardInterrupt. What else is typed meanwhile is lost where Ctrl-C is
-        a key, and waits for the next `read` elsewhere.
+        A second one raises KeyboardInterrupt("twice"). What else is typed meanwhile is lost where
+        Ctrl-C is a key, and waits for the next `read` elsewhere.
         """
         pressed = False
 
         def press(number: int, frame: FrameType | None) -> None:
             nonlocal pressed
             if pressed:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("twice")
             pressed = True
 
         before = signal.signal(signal.SIGINT, press)

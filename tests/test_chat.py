@@ -250,6 +250,28 @@ def test_a_mistake_is_one_sentence_and_the_talk_goes_on(scripted, tmp_path, monk
     assert one.params == GREEDY
 
 
+def test_ctrl_c_at_the_very_end_of_an_answer_does_not_end_the_talk(scripted, monkeypatch):
+    """Pressed when an answer was just over, it fell between that and the prompt: chat was gone."""
+    take = Chat.take
+
+    def and_then(pressed):
+        def taken(self, text, fenced=False):
+            take(self, text, fenced)
+            if text == "one":
+                raise pressed
+
+        monkeypatch.setattr(Chat, "take", taken)
+
+    and_then(KeyboardInterrupt())
+    one = talk(scripted(letters, max_seq_len=256), "one", "two", interactive=True)
+    assert "\n(Ctrl-D or /quit leaves)" in one.terminal.notes
+    assert len(one.talk.turns) == 2
+    for pressed, interactive in ((KeyboardInterrupt("twice"), True), (KeyboardInterrupt(), False)):
+        and_then(pressed)
+        with pytest.raises(KeyboardInterrupt):
+            talk(scripted(letters, max_seq_len=256), "one", "two", interactive=interactive)
+
+
 def test_help_names_every_command(scripted):
     notes = talk(scripted(letters), "/help").terminal.notes
     for name in COMMANDS:
@@ -431,7 +453,9 @@ def test_a_session_on_a_terminal(tmp_path):
         session.wait_for("abcdefghijklmnopqrstuvwxyzabcd")
         assert list(map(int, session.wait_for(STATUS).groups())) == [60, 1, first]
         session.wait_for("> ")
-        session.type("two" + CTRL_C)
+        session.type("two")
+        session.wait_for("two")  # readline sleeps over a Ctrl-C between its prompt and its select
+        session.type(CTRL_C)
         session.wait_for("Ctrl-D or /quit leaves.*> ")
         session.type("\x1b[A" + 5 * "\x7f" + "tokens\n")  # the line before, but for its "/", edited
         session.wait_for("tokens are used.*> ")
