@@ -10,7 +10,16 @@ from conftest import tiny_args
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from test_cuda_products import DEVICE, NAN, close, multiply, randn, rotated  # noqa: F401
+from test_cuda_products import (  # noqa: F401
+    DEVICE,
+    HALF,
+    NAN,
+    arranged,
+    close,
+    multiply,
+    randn,
+    rotated,
+)
 from test_cuda_step import GREEDY, PROMPTS, answers, check, engine_of, small_blocks
 
 from llama.cache import Batch
@@ -18,8 +27,8 @@ from llama.checkpoint import make_plan, random_checkpoint
 from llama.checkpoint.packed import Format, Packed
 from llama.cuda import attention, forward, products, step, tuning
 from llama.cuda.forward import FlatForward, joined
-from llama.cuda.products import ADD, GATE, ROTATE, STORE, Rotation
-from llama.cuda.tuning import ByWords, DecodeAttention, OneRow, norms_inputs
+from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
+from llama.cuda.tuning import DecodeAttention, SomeRows
 from llama.cuda.unpack import Unpacked, unpack
 from llama.cuda.weights import pairs_of
 from llama.parallel import ONE
@@ -27,8 +36,6 @@ from llama.quantization import formats_of, load
 from llama.quantization.formats import quantize
 from llama.quantization.linear import QuantizedLinear
 
-# The interpreter does not round to bfloat16, and tl.dot takes its bits for integers there.
-HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 KINDS = [Format("int8"), Format("fp8"), *(Format("int4", group) for group in (16, 32, 64, 128))]
 
 
@@ -42,12 +49,8 @@ def packed(outputs, inputs, format, seed=1):
 
 def blocks_of(rows, format, inputs):
     """Tiles with an edge where the inputs have one."""
-    run = 128 if format.group else 64
-    if rows == 1 and not format.group:
-        return OneRow(32, run, 2)
-    if rows == 1:
-        return ByWords(8, 16, 2 * run, 1, 2)
-    return ByWords(max(8, rows), 32, run, 2 if inputs > run else 1, 2, apart=True)
+    run = max(32, format.group)
+    return SomeRows(max(16, rows), 32, run, 2 if inputs > run else 1, 2, 4)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16])
@@ -58,7 +61,7 @@ def blocks_of(rows, format, inputs):
 def test_products_with_packed_weights(multiply, rows, format, inputs):  # noqa: F811
     weight, blocks = packed(72, inputs, format), blocks_of(rows, format, inputs)
     numbers = weight.unpack(torch.float32).double()
-    for dtype in (torch.float32, HALF):
+    for dtype in HALF:
         x = randn(rows, inputs, dtype=dtype)
         product = x.double() @ numbers.T
         out = torch.full((rows, 72), NAN, device=DEVICE)
@@ -77,27 +80,24 @@ def test_products_with_packed_weights(multiply, rows, format, inputs):  # noqa: 
 @pytest.mark.parametrize("format", [KINDS[0], KINDS[4]], ids=str)
 def test_a_part_of_a_sum_may_have_no_inputs(multiply, format):  # noqa: F811
     """Three tiles of inputs in four parts: the last begins where the weight ends."""
-    run = 128 if format.group else 64
-    x, weight = randn(5, 3 * run), packed(32, 3 * run, format)
+    x, weight = randn(5, 3 * 64), packed(32, 3 * 64, format)
     out = torch.full((5, 32), NAN, device=DEVICE)
-    multiply(x, weight, out, STORE, blocks=ByWords(8, 32, run, 4, 2, apart=True))
+    multiply(x, weight, out, STORE, blocks=SomeRows(16, 32, 64, 4, 2, 4))
     close(out, x.double() @ weight.unpack(torch.float32).double().T, torch.float32)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("format", [KINDS[0], KINDS[1], KINDS[3]], ids=str)
-def test_packed_queries_are_rotated_and_normed(multiply, rows, format):  # noqa: F811
+def test_packed_queries_are_rotated(multiply, rows, format):  # noqa: F811
     heads, kv, size = 4, 2, 8
-    x, weight, gain = randn(rows, 96), packed(64, 96, format), 1 + randn(96, seed=2) / 8
+    x, weight = randn(rows, 96), packed(64, 96, format)
     cos, sin = randn(rows, size // 2, seed=2), randn(rows, size // 2, seed=3)
     places = torch.arange(rows, dtype=torch.int32, device=DEVICE)
     k, v = (torch.zeros(rows, 4, kv, size, device=DEVICE) for _ in range(2))
     q = torch.full((rows, heads, size), NAN, device=DEVICE)
     where = Rotation(cos, sin, places, places, k, v)
-    norm = (gain, 1e-5) if norms_inputs(rows, format.kind) else None
-    multiply(x, weight, q, ROTATE, norm=norm, rotation=where, blocks=blocks_of(rows, format, 96))
-    h = F.rms_norm(x, (96,), gain, 1e-5) if norm else x
-    y = (h @ weight.unpack(torch.float32).T).view(rows, -1, size)
+    multiply(x, weight, q, ROTATE, rotation=where, blocks=blocks_of(rows, format, 96))
+    y = (x @ weight.unpack(torch.float32).T).view(rows, -1, size)
     close(q, rotated(y[:, :heads], cos, sin), torch.float32)
     each = torch.arange(rows)
     close(k[each, each], rotated(y[:, heads : heads + kv], cos, sin), torch.float32)
@@ -105,7 +105,7 @@ def test_packed_queries_are_rotated_and_normed(multiply, rows, format):  # noqa:
 
 
 @pytest.mark.parametrize("format", KINDS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("dtype", HALF)
 def test_unpacking_is_exact(format, dtype):
     weight = packed(9, 384, format)
     out = torch.full((9, 384), NAN, dtype=dtype, device=DEVICE)
@@ -142,10 +142,10 @@ def test_a_tied_table_is_held_once():
         assert torch.equal(layer.dequantized(), whole)
 
 
-def quantized_model(recipe, **changes):
+def quantized_model(recipe, dtype=torch.float32, **changes):
     """A model whose products are few in the interpreter."""
     shape = dict(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=64)
-    checkpoint = random_checkpoint(tiny_args(**{**shape, **changes}), seed=1, dtype=torch.float32)
+    checkpoint = random_checkpoint(tiny_args(**{**shape, **changes}), seed=1, dtype=dtype)
     formats = formats_of(recipe, checkpoint.args)
     return load(checkpoint, ranks=ONE, device=DEVICE, formats=formats).eval()
 
@@ -161,7 +161,7 @@ def test_the_captured_step_of_a_quantized_model_is_the_plain_one(recipe, monkeyp
     if DEVICE.type == "cpu":
         few = DecodeAttention(3, 16, 2, 4, ahead=16)
         monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: few)
-        monkeypatch.setattr(products, "product_blocks", small_blocks)
+        monkeypatch.setattr(products, "some_rows_blocks", small_blocks)
     model = quantized_model(recipe, n_layers=2 if recipe is MIXED else 1)
     plain = answers(engine_of(model, False), PROMPTS[:2], SHORT)
     check(answers(engine_of(model, True), PROMPTS[:2], SHORT), plain)
@@ -198,24 +198,28 @@ def test_the_forward_of_a_quantized_model_is_the_plain_one(recipe):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 64, 100, 128])
 @pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (4096, 14336), (4096, 4096)])
 @pytest.mark.parametrize("format", KINDS, ids=str)
 def test_real_packed_products(multiply, rows, outputs, inputs, format):  # noqa: F811
     x = randn(rows, inputs, dtype=torch.bfloat16)
     weight = packed(outputs, inputs, format)
+    wide = rows > 1 and Products(DEVICE, torch.bfloat16).arranges(weight)
+    given = arranged(x) if wide else x
     product = x.double() @ weight.unpack(torch.float32).double().T
     plain = (x @ weight.unpack(torch.bfloat16).T).double()
     theirs = (plain - product).norm() / product.norm()
     for _ in range(3):
         out = torch.full((rows, outputs), NAN, device=DEVICE, dtype=torch.bfloat16)
-        multiply(x, weight, out, STORE)
+        multiply(given, weight, out, STORE, arranged=wide)
         assert (out.double() - product).norm() / product.norm() <= 1.1 * theirs
     residual = torch.zeros((rows, outputs), device=DEVICE, dtype=torch.bfloat16)
-    close(multiply(x, weight, residual, ADD), product, torch.bfloat16)
+    close(multiply(given, weight, residual, ADD, arranged=wide), product, torch.bfloat16)
     gated = torch.full((rows, outputs // 2), NAN, device=DEVICE, dtype=torch.bfloat16)
     gate, up = product.chunk(2, 1)
-    close(multiply(x, weight, gated, GATE), F.silu(gate) * up, torch.bfloat16)
+    expected = F.silu(gate) * up
+    multiply(given, weight, gated, GATE, arranged=wide)
+    close(gated, arranged(expected) if wide else expected, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -323,10 +323,12 @@ for dtype in ("bf16", "fp32"):
         dict(G=4, K=8, E=128, BLOCK_M=cut.rows, BLOCK_N=cut.keys, WIDE=False, OVERLAP=True),
         num_warps=cut.warps, num_stages=cut.stages,
     )
-    build(
-        rows._rms_norm, dict(x=x, weight=x, out=x), dict(x_row="i32", out_row="i32", eps="fp32"),
-        dict(D=4096, BLOCK=4096, OVERLAP=True),
-    )
+    for arranged in (False, True):
+        build(
+            rows._rms_norm, dict(x=x, weight=x, out=x),
+            dict(x_row="i32", out_row="i32", eps="fp32"),
+            dict(D=4096, BLOCK=4096, ARRANGED=arranged, OVERLAP=True),
+        )
     build(
         rows._rotate_and_store,
         dict(qkv=x, cos="*fp32", sin="*fp32", places="*i64", k_cache=x, v_cache=x, out=x),

@@ -15,8 +15,9 @@ cuda = pytest.importorskip("triton", reason="triton is not installed") and pytes
 from llama.cuda import attention  # noqa: E402
 from llama.cuda.attention import DecodeAttention  # noqa: E402
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation  # noqa: E402
+from llama.cuda.rows import rms_norm  # noqa: E402
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks  # noqa: E402
-from llama.cuda.tuning import OneRow, SomeRows  # noqa: E402
+from llama.cuda.tuning import SomeRows  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
@@ -41,15 +42,22 @@ def close(ours, expected, dtype):
     assert error.max() < bound, error.max()  # NaN fails too
 
 
+def arranged(x):
+    """Rows as wide.py reads them: the bits h t t i j p of a number in sixty-four as h i j t t p."""
+    sixty_fours = x.unflatten(-1, (-1, 2, 4, 2, 2, 2))  # ..., h, t, i, j, p
+    return sixty_fours.transpose(-4, -3).transpose(-3, -2).flatten(-6)
+
+
 @pytest.fixture(scope="module")
 def multiply():
-    return Products(DEVICE)
+    """A product by the kernels of its rows' dtype, with the scratch of products before it."""
+    made = {dtype: Products(DEVICE, dtype) for dtype in (torch.float32, *HALF[1:])}
+    return lambda x, *args, **options: made[x.dtype](x, *args, **options)
 
 
 BLOCKS = [
-    (1, None), (1, OneRow(16, 32, 2, 2, False)), (1, OneRow(32, 64, 4, 1)),
-    (2, None), (5, SomeRows(32, 16, 32, 2, 2, 4)), (17, SomeRows(32, 32, 32, 3, 2, 4, False)),
-    (64, SomeRows(64, 32, 64, 1, 2, 4)),
+    (1, None), (1, SomeRows(16, 32, 32, 2, 2, 4)), (2, None), (5, SomeRows(32, 16, 32, 2, 2, 4)),
+    (17, SomeRows(32, 32, 32, 3, 2, 4)), (64, SomeRows(64, 32, 64, 1, 2, 4)),
 ]  # fmt: skip
 
 
@@ -94,11 +102,10 @@ def test_queries_and_keys_are_rotated_and_stored(multiply, rows, blocks):
     close(v, expected_v, torch.float32)
 
 
-def test_the_norm_before_a_single_row(multiply):
-    x, w, gain = randn(1, 160), randn(72, 160, seed=1) / 8, 1 + randn(160, seed=2) / 8
-    out = torch.full((1, 72), NAN, device=DEVICE)
-    multiply(x, w, out, STORE, norm=(gain, 1e-5))
-    close(out, F.rms_norm(x, (160,), gain, 1e-5) @ w.T, torch.float32)
+def test_rows_are_normed_and_arranged():
+    x, gain = randn(3, 192), 1 + randn(192, seed=2) / 8
+    normed = rms_norm(x, gain, 1e-5, arranged=True)
+    close(normed, arranged(F.rms_norm(x, (192,), gain, 1e-5)), torch.float32)
 
 
 def attended(q, k, v, slots, lengths):
@@ -144,6 +151,10 @@ def test_attention_split_over_ragged_rows(
         out = torch.full_like(q, NAN)
         kernel(q, k, v, slots, lengths, out)
         close(out, attended(q, k, v, slots, lengths), torch.float32)
+    if heads * size % 64 == 0:
+        mixed = out.flatten(1)
+        kernel(q, k, v, slots, lengths, out := torch.full_like(q, NAN), arranged=True)
+        assert torch.equal(out.flatten(1), arranged(mixed))
     if rows > 1:
         lengths[1] = 0
         out.fill_(7)
@@ -206,46 +217,56 @@ run = JITFunction.run
 def only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     ptx = kernel.asm["ptx"]
-    print(self.__name__, ptx.count("griddepcontrol.wait"), len(kernel.asm["cubin"]),
-          ptx.count("mma.sync"))
+    counts = [ptx.count(word) for word in ("griddepcontrol.wait", "mma", "cp.async.bulk.tensor")]
+    print(self.__name__, len(kernel.asm["cubin"]), kernel.metadata.shared, *counts)
 JITFunction.run = only
 from llama.cuda import attention, products as room
 from llama.checkpoint.packed import Format, Packed
 from llama.cuda.attention import DecodeAttention
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
-from llama.cuda.tuning import ByWords
-from llama.cuda.weights import pairs_of
-from llama.quantization.formats import quantize
+from llama.cuda.stream import shared_memory
+from llama.cuda.tuning import Stream
+from llama.cuda.weights import pairs_of, source
 room.overlap = attention.overlap = lambda device: {"OVERLAP": True, "launch_pdl": True}
+room.capability = lambda device: (9, 0)
 def new(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype)
+def weight(kind):
+    if not kind:
+        return new(1024, 1024)
+    format = Format(kind, 64 if kind == "int4" else 0)
+    made = Packed(*(new(*s, dtype=d) for s, d in format.layout(1024, 1024).values()))
+    pairs = pairs_of(made) if made.offset is not None else None
+    return made if pairs is None else Packed(made.weight, pairs[..., 0], pairs[..., 1])
 device = torch.device("cpu")
-products = Products(device)
-for rows in (1, 8):
+products = Products(device, torch.bfloat16)
+cache = new(2, 32, 2, 128)
+for rows in (1, 8, 128):
     turns, where = new(rows, 64, dtype=torch.float32), new(rows, dtype=torch.int64)
-    cache = new(2, 32, 2, 128)
-    norm = (new(1024), 1e-5) if rows == 1 else None
-    x, w = new(rows, 1024), new(1024, 1024)
     rotation = Rotation(turns, turns, where, where, cache, cache)
-    products(x, w, new(rows, 4, 128), ROTATE, norm=norm, rotation=rotation)
-    products(x, w, new(rows, 1024), ADD)
-    products(x, w, new(rows, 512), GATE, norm=norm)
-    products(x, w, new(rows, 1024, dtype=torch.float32), STORE, norm=norm)
-    for format in (Format("int8"), Format("fp8"), Format("int4", 64)):
-        rand = torch.rand(1024, 1024) - 0.5
-        made = quantize(rand, format)
-        if format.group:
-            pairs = pairs_of(made)
-            made = Packed(made.weight, pairs[..., 0], pairs[..., 1])
-        blocks = ByWords(8, 16, 512, 1, 4)
-        products(x, made, new(rows, 512), GATE, blocks=blocks)
+    for kind in ("", "int8", "fp8", "int4"):
+        if rows > 32 and not kind:
+            continue
+        w = weight(kind)
+        norm = (new(1024), 1e-5) if products.norms(rows, w) else None
+        arranged = rows > 1 and products.arranges(w)
+        blocks = products.blocks(rows, w, arranged)
+        print("expected", shared_memory(source(w), 1024, blocks) if rows == 1 else 0)
+        products(new(rows, 1024), w, new(rows, 512), GATE, norm=norm, arranged=arranged)
+        if rows == 8:
+            x = new(rows, 1024)
+            products(x, w, new(rows, 4, 128), ROTATE, rotation=rotation, arranged=arranged)
     attend = DecodeAttention(rows, 4, 2, 128, device)
-    attend(new(rows, 4, 128), cache, cache, where, where, new(rows, 4, 128))
+    attend(new(rows, 4, 128), cache, cache, where, where, new(rows, 4, 128), arranged=rows > 1)
+products.capability = (8, 0)  # but with the instructions of 9.0: the ring without the copy engine
+for kind in ("", "int4"):
+    products(new(1, 1024), weight(kind), new(1, 512), GATE, norm=(new(1024), 1e-5))
 """
 
 
 def test_kernels_compile_for_compute_capability_9_without_a_gpu():
-    """Each of them waits for what was launched before it, which the interpreter cannot show."""
+    """What the interpreter cannot show: each waits for what was launched before it, has products on
+    the tensor cores, and of a row, a ring that the copy engine fills, of the size that is known."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
@@ -254,10 +275,13 @@ def test_kernels_compile_for_compute_capability_9_without_a_gpu():
         pytest.skip("this triton brings no ptxas")
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    found = [(name, *map(int, numbers)) for name, *numbers in lines]
-    names = [name for name, *_ in found]
-    words = ["_some_rows"] * 3
-    assert names == [*["_one_row"] * 4, *words, "_attend", *["_some_rows"] * 4, *words, "_attend"]
-    assert all(waits >= 1 and size > 1000 for _, waits, size, _ in found)
-    of_packed = [products for *_, products in (*found[4:7], *found[12:15])]
-    assert min(of_packed) > 0, of_packed
+    found = [(name, *map(int, numbers)) for name, *numbers in lines if name != "expected"]
+    some = ["some_rows"] * 2 + ["wide"] * 6
+    expected = ["stream"] * 4 + ["_attend"] + some + ["_attend"] + ["wide"] * 3 + ["_attend"]
+    assert [name for name, *_ in found] == [*expected, "stream", "stream"]
+    assert all(size > 1000 and waits >= 1 and mma >= 1 for _, size, _, waits, mma, _ in found)
+    sizes = [int(numbers[0]) for name, *numbers in lines if name == "expected"][:4]
+    for (_, _, memory, _, _, copies), size in zip(found[:4], sizes, strict=True):
+        assert copies >= 2
+        assert size <= memory <= size + 1024
+    assert all(copies == 0 for *_, copies in found[-2:])

@@ -11,7 +11,7 @@ from llama.cache import Batch
 from llama.cuda import attention, products
 from llama.cuda.step import CapturedStep, Row
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks
-from llama.cuda.tuning import OneRow, product_blocks
+from llama.cuda.tuning import some_rows_blocks
 from llama.engine import Engine
 from llama.model import Transformer
 from llama.sampling import SamplingParams
@@ -19,11 +19,9 @@ from llama.sampling import SamplingParams
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def small_blocks(rows, outputs, inputs, kind=""):
+def small_blocks(rows, outputs, inputs, kind):
     """Many outputs for a program."""
-    if rows == 1 and not kind:
-        return OneRow(128, 32, 4)
-    return product_blocks(rows, outputs, inputs, kind)._replace(block_n=64)
+    return some_rows_blocks(rows, outputs, inputs, kind)._replace(block_n=64)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +30,7 @@ def few_programs(monkeypatch):
     if DEVICE.type == "cpu":
         blocks = AttentionBlocks(2, 16, 2, 4, ahead=16)
         monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: blocks)
-        monkeypatch.setattr(products, "product_blocks", small_blocks)
+        monkeypatch.setattr(products, "some_rows_blocks", small_blocks)
 
 
 def small(seed=0, **changes):

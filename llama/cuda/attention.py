@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.cuda.epilogues import arranged_place
 from llama.cuda.launch import allow, fetch, overlap, wait
 from llama.cuda.tuning import decode_attention_blocks, power_of_two
 
@@ -42,7 +43,7 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     q, q_row, k, v, slots, lengths, out, sums, tops, arrived, rows, T, scale,  # noqa: ANN001
     KV_HEADS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, G_PAD: tl.constexpr,
     R_PAD: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, LINES: tl.constexpr, ARRANGED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One key head of one part of one row; the last part to come joins them, in their order."""
     allow(OVERLAP)
@@ -59,7 +60,6 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     wait(OVERLAP)
     if row == rows:
         return
-    heads = (row * KV_HEADS + head).to(tl.int64) * (G * E)
     mine = q + row.to(tl.int64) * q_row + head * (G * E)
     asked = tl.load(mine + g[:, None] * E + e[None, :], mask=(g < G)[:, None], other=0.0)
     top = tl.full((G_PAD,), float("-inf"), tl.float32)
@@ -106,7 +106,10 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
             mixed = mixed * fade[:, None] + its_sum * gain[:, None]
             top = higher
     result = (mixed / weight[:, None]).to(out.dtype.element_ty)
-    tl.store(out + heads + g[:, None] * E + e[None, :], result, mask=(g < G)[:, None])
+    place = head * (G * E) + g[:, None] * E + e[None, :]
+    if ARRANGED:
+        place = arranged_place(place)
+    tl.store(out + row.to(tl.int64) * (KV_HEADS * G * E) + place, result, mask=(g < G)[:, None])
 
 
 class DecodeAttention:
@@ -135,11 +138,14 @@ class DecodeAttention:
         lengths: Tensor,
         out: Tensor,
         long: bool = True,
+        arranged: bool = False,
     ) -> Tensor:
         """q (R, H, E) over the first lengths[r] keys of slots[r] in k and v, a layer's (P, T, K,
         E), into out (R, H, E), which is returned. slots and lengths (R,) are integers, and were not
         written by the kernel launched before this one; a row of length 0 reads nothing, and its
-        output is left as it was. `long` says whether to be quick with many keys or with few."""
+        output is left as it was. `long` says whether to be quick with many keys or with few;
+        `arranged`, that the numbers of a row lie as epilogues.arranged_place says, of which there
+        must be a multiple of 64."""
         rows, heads, size = q.shape
         assert q.stride()[1:] == (size, 1), q.stride()
         assert out.is_contiguous(), out.stride()
@@ -152,6 +158,7 @@ class DecodeAttention:
             KV_HEADS=kv_heads, G=heads // kv_heads, E=size,
             G_PAD=max(16, power_of_two(heads // kv_heads)), R_PAD=self.most_rows,
             PROGRAMS=programs, BLOCK=block, STAGES=stages, AHEAD=ahead,
-            LINES=max(128, size * k.element_size()), num_warps=warps, **self.extra,
+            LINES=max(128, size * k.element_size()), ARRANGED=arranged, num_warps=warps,
+            **self.extra,
         )  # fmt: skip
         return out

@@ -34,16 +34,6 @@ def allow(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN20
 
 
 @triton.jit
-def in_order(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN201
-    """Keep the compiler from moving the loads that come before to where they are used."""
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            "bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def fetch(row, length, FETCH: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
     """Have the first FETCH bytes of rows brought to the L2 cache; (N, 1) pointers to `length`
     numbers each, of what no kernel writes. Waits for nothing."""
@@ -57,8 +47,24 @@ def fetch(row, length, FETCH: tl.constexpr, OVERLAP: tl.constexpr):  # type: ign
         )  # fmt: skip
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) in the interpreter, and of a CPU."""
+    if INTERPRETED or device.type != "cuda":
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def multiprocessors_and_memory(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, and how many bytes of it a program may share; in the interpreter some."""
+    if INTERPRETED or device.type != "cuda":
+        return 1, 227 * 1024
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found = triton.runtime.driver.active.utils.get_device_properties(index)
+    return found["multiprocessor_count"], found["max_shared_mem"]
+
+
 @cache
 def overlap(device: torch.device) -> Mapping[str, Any]:
     """Keyword arguments of a launch: overlapped with its predecessor where the GPU can do that."""
-    can = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+    can = capability(device) >= (9, 0)
     return {"OVERLAP": True, "launch_pdl": True} if can else {"OVERLAP": False}

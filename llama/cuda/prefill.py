@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.cache import Batch
-from llama.cuda.launch import INTERPRETED, allow, overlap, wait
+from llama.cuda.launch import INTERPRETED, allow, capability, overlap, wait
 
 LOG2_E = 1.4426950408889634
 
@@ -64,7 +64,7 @@ def tiling(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiling:
     """How attention over heads of this size is cut."""
     if dtype == torch.float32:
         return EXACT[head_dim]
-    large = not INTERPRETED and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    large = capability(device)[0] in (9, 10)
     return (LARGE if large else SMALL)[head_dim]
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.cuda.epilogues import arranged_place
 from llama.cuda.launch import allow, overlap, wait
 
 GATE_BLOCK = 2048  # columns of a row that one program gates
@@ -31,6 +32,7 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    ARRANGED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     allow(OVERLAP)
@@ -41,17 +43,21 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     values = tl.load(x + row * x_row + columns, mask=live, other=0).to(tl.float32)
     root = tl.rsqrt(tl.sum(values * values) / D + eps)
+    places = arranged_place(columns) if ARRANGED else columns
     tl.store(
-        out + row * out_row + columns,
+        out + row * out_row + places,
         (values * root * scale).to(out.dtype.element_ty),
         mask=live,
     )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, arranged: bool = False
+) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight of each row: (N, D) -> (N, D) in x's dtype.
 
-    `out` may be x.
+    `out` may be x. `arranged`: its numbers lie as epilogues.arranged_place says; D is a multiple of
+    64 then.
     """
     rows, dim = x.shape
     out = torch.empty_like(x) if out is None else out
@@ -59,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     block = triton.next_power_of_2(dim)
     _rms_norm[(rows,)](
         x, weight, out, x.stride(0), out.stride(0), eps,
-        D=dim, BLOCK=block, num_warps=_warps(block), **overlap(x.device),
+        D=dim, BLOCK=block, ARRANGED=arranged, num_warps=_warps(block), **overlap(x.device),
     )  # fmt: skip
     return out
 

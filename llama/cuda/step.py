@@ -17,6 +17,7 @@ vocabulary, S stop ids of a row.
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,14 +34,7 @@ from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.sampling import Sampler
 from llama.cuda.shifts import Shifts
-from llama.cuda.tuning import (
-    LONG,
-    MOST_ROWS,
-    OneRow,
-    norms_inputs,
-    power_of_two,
-    product_blocks,
-)
+from llama.cuda.tuning import LONG, MOST_ROWS, power_of_two
 from llama.cuda.weights import Weight, kind_of, source, table_row
 from llama.model import Transformer
 from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WORD, SamplingParams
@@ -180,7 +174,10 @@ class CapturedStep:
         self.attend = DecodeAttention(max_rows, heads, kv_heads, args.head_dim, device)
         self.forward = FlatForward(model, self.attend)
         self.most_rows = [min(map(most_rows, block.products())) for block in self.forward.blocks]
-        self.products = Products(device)
+        self.products = Products(device, model.norm.weight.dtype)
+        self.arranged = [
+            all(map(self.products.arranges, block.products())) for block in self.forward.blocks
+        ]
         self._reserve()
         self.scratch = Scratch(self.forward, max_rows)
         self.sampler = Sampler(max_rows, args.vocab_size, device)
@@ -288,14 +285,15 @@ class CapturedStep:
 
     def _reserve(self) -> None:
         """Scratch for the products of every row count, before any is captured."""
-        weights = [weight for block in self.forward.blocks for weight in block.products()]
-        shapes = {(*w.shape, kind_of(w), most_rows(w)) for w in [*weights, self.forward.output]}
-        for outputs, inputs, kind, most in shapes:
+        every = [self.forward.output]
+        every += [weight for block in self.forward.blocks for weight in block.products()]
+        kinds = {(*w.shape, kind_of(w), self.products.arranges(w)): w for w in every}
+        for weight in kinds.values():
             rows = 1
-            while rows <= min(most, self.max_rows * 2 - 1):
-                blocks = product_blocks(rows, outputs, inputs, kind)
-                if not isinstance(blocks, OneRow):
-                    self.products.reserve(outputs, blocks)
+            while rows <= min(most_rows(weight), self.max_rows * 2 - 1):
+                for arranged in {False, self.products.arranges(weight)}:
+                    blocks = self.products.blocks(rows, weight, arranged)
+                    self.products.reserve(weight.shape[0], blocks)
                 rows *= 2
 
     def _send(self, target: Tensor, source: Tensor) -> None:
@@ -348,24 +346,26 @@ class CapturedStep:
         )  # fmt: skip
 
     def _norm(
-        self, n: int, weight: Tensor, of: Weight | None = None
+        self, n: int, weight: Tensor, of: Weight | None = None, arranged: bool = False
     ) -> tuple[Tensor, tuple[Tensor, float] | None]:
-        """The states, normed, or with what the product `of` a single row norms them by."""
-        eps = self.forward.model.params.norm_eps
-        if of is not None and norms_inputs(n, kind_of(of)):
-            return self.scratch.x[:1], (weight, eps)
-        return rms_norm(self.scratch.x[:n], weight, eps, out=self.scratch.normed[:n]), None
+        """The states, normed, or with what the product `of` them norms them by."""
+        eps, x = self.forward.model.params.norm_eps, self.scratch.x[:n]
+        if of is not None and self.products.norms(n, of):
+            return x, (weight, eps)
+        return rms_norm(x, weight, eps, self.scratch.normed[:n], arranged), None
 
     def _few(self, n: int, layer: int, block: Block, long: bool) -> None:
         s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
         where = Rotation(s.cos, s.sin, self.slots, self.positions, k, v)
-        h, norm = self._norm(n, block.attention_norm, block.wqkv)
-        self.products(h, block.wqkv, s.q[:n], ROTATE, norm=norm, rotation=where)
-        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long)
-        self.products(s.attended[:n].flatten(1), block.wo, s.x[:n], ADD)
-        h, norm = self._norm(n, block.ffn_norm, block.w13)
-        self.products(h, block.w13, s.gated[:n], GATE, norm=norm)
-        self.products(s.gated[:n], block.w2, s.x[:n], ADD)
+        arranged = n > 1 and self.arranged[layer]
+        multiply = partial(self.products, arranged=arranged)
+        h, norm = self._norm(n, block.attention_norm, block.wqkv, arranged)
+        multiply(h, block.wqkv, s.q[:n], ROTATE, norm=norm, rotation=where)
+        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long, arranged)
+        multiply(s.attended[:n].flatten(1), block.wo, s.x[:n], ADD)
+        h, norm = self._norm(n, block.ffn_norm, block.w13, arranged)
+        multiply(h, block.w13, s.gated[:n], GATE, norm=norm)
+        multiply(s.gated[:n], block.w2, s.x[:n], ADD)
 
     def _many(self, n: int, layer: int, block: Block, long: bool) -> None:
         s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
@@ -384,9 +384,11 @@ class CapturedStep:
 
     def _logits(self, n: int) -> Tensor:
         """Logits (n, V) float32 of the states."""
-        weight = self.forward.model.norm.weight
-        h, norm = self._norm(n, weight, self.forward.output)
+        weight, output = self.forward.model.norm.weight, self.forward.output
+        ours = n <= most_rows(output)
+        arranged = ours and n > 1 and self.products.arranges(output)
+        h, norm = self._norm(n, weight, output if ours else None, arranged)
         logits = self.scratch.logits[:n]
-        if n <= most_rows(self.forward.output):
-            return self.products(h, self.forward.output, logits, STORE, norm=norm)
+        if ours:
+            return self.products(h, output, logits, STORE, norm=norm, arranged=arranged)
         return self.forward.logits_into(h, logits)
