@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py --shape 8B --rows 1
     python benchmarks/tune.py --shape 8B --rows 8,32,64 --only attention --contexts 128,8000
-    python benchmarks/tune.py --shape 8B --rows 1,8 --quantize int4 --only qkv,wo,w13,w2
+    python benchmarks/tune.py --shape 8B --rows 1,8,128 --quantize int4 --only qkv,wo,w13,w2
 
 Why in the step: a launch in a chain of its own kind misleads. There its code stays in caches from
 which the kernels of a layer drive each other, and it never waits for, or begins before, the kernel
@@ -25,8 +25,10 @@ import torch
 
 from llama.bench import SHAPES, VOCAB
 from llama.checkpoint import random_checkpoint
-from llama.cuda import attention, launch, products, step, tuning
-from llama.cuda.weights import kind_of
+from llama.cuda import attention, launch, step, tuning
+from llama.cuda.products import Products
+from llama.cuda.stream import shared_memory, turn_of
+from llama.cuda.weights import Weight, kind_of, source
 from llama.model import ModelArgs
 from llama.parallel import ONE
 from llama.quantization import formats_of, load
@@ -41,79 +43,61 @@ GREEDY = SamplingParams(temperature=0)
 
 Product = tuple[int, int, str]  # outputs, inputs, kind of the weight
 Blocks = tuning.Blocks | tuning.DecodeAttention
+TABLE = Products.blocks
 
 
-def product_candidates(rows: int, outputs: int, inputs: int, kind: str) -> list[Blocks]:
-    if kind:
-        return packed_candidates(rows, outputs, inputs, kind)
-    if rows == 1:
-        tiles = [(4, 512, 4), (2, 1024, 4), (4, 1024, 4), (8, 512, 4), (2, 512, 2), (8, 256, 4),
-                 (2, 2048, 4), (4, 512, 2), (4, 256, 2)]  # fmt: skip
-        return [
-            tuning.OneRow(*tile, ahead, late)
-            for tile, ahead, late in itertools.product(tiles, (1, 2), (False, True))
-            if ahead * tile[1] <= inputs
+def product_of(weight: Weight) -> Product:
+    return (*weight.shape, kind_of(weight))
+
+
+def product_candidates(weight: Weight, rows: int, products: Products) -> list[Blocks]:
+    """Of the kernel that such a product has."""
+    now = products.blocks(rows, weight)
+    outputs, inputs = weight.shape
+    if isinstance(now, tuning.Stream):
+        return stream_candidates(weight, products)
+    padded = now.padded
+    if isinstance(now, tuning.Wide):
+        tiles = [(64, 128, 4), (128, 128, 8), (64, 64, 4), (128, 64, 8)]
+        found: list[Blocks] = [
+            tuning.Wide(padded, n, k, split, stages, warps)
+            for (n, k, warps), split, stages in itertools.product(tiles, (1, 2, 4, 8), (2, 3, 4, 6))
+            if stages * (n + 2 * padded) * k < 220_000
         ]
-    padded = max(16, tuning.power_of_two(rows))
-    found: list[Blocks] = []
-    tiles = [(64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 64, 8), (128, 128, 8)]
-    for (n, k, warps), split, stages in itertools.product(tiles, (1, 2, 4, 8), (3, 4, 6)):
-        programs = -(-outputs // n) * split
-        memory = stages * (n + padded) * k * 2
-        enough = split == 1 or (programs <= 1200 and inputs >= 4 * k * split)
-        if programs >= 100 and enough and 48 * 1024 <= memory <= 220_000:
-            found += [
-                tuning.SomeRows(padded, n, k, split, stages, warps, late) for late in (False, True)
-            ]
-    return found
-
-
-def packed_candidates(rows: int, outputs: int, inputs: int, kind: str) -> list[Blocks]:
-    padded = max(8, tuning.power_of_two(rows))
-    single: list[Blocks] = []
-    some: list[tuning.SomeRows | tuning.ByWords]
-    if rows == 1 and kind != "int4":
-        single = [
-            tuning.OneRow(*tile)
-            for tile in ((2, 2048, 4), (4, 2048, 4), (4, 1024, 2), (8, 1024, 2), (2, 1024, 2),
-                         (4, 1024, 4))
-        ]  # fmt: skip
-    if rows > 32:
-        tiles = [(64, 128, 4), (128, 64, 4), (128, 128, 8)]
-        some = [
+    else:
+        tiles = [(64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 64, 8), (128, 128, 8)]
+        found = [
             tuning.SomeRows(padded, n, k, split, stages, warps)
-            for (n, k, warps), split, stages in itertools.product(tiles, (1, 2, 4), (2, 3, 4))
+            for (n, k, warps), split, stages in itertools.product(tiles, (1, 2, 4, 8), (3, 4, 6))
+            if 48 * 1024 <= stages * (n + padded) * k * 2 <= 220_000
         ]
-    else:
-        run = 128 if kind == "int4" else 64  # inputs of four threads
-        some = [
-            tuning.ByWords(padded, n, run * runs * (1 if apart else warps), split, warps, apart)
-            for (n, warps, runs, apart), split in itertools.product(*words_of(rows))
-        ]
-    return single + [blocks for blocks in some if fits(blocks, outputs, inputs)]
+    return [blocks for blocks in found if worth(blocks, outputs, inputs)]
 
 
-def words_of(rows: int) -> tuple[list[tuple[int, int, int, bool]], tuple[int, ...]]:
-    """Tiles of ByWords to try, as outputs, warps, runs of a warp, whether apart; and splits."""
-    if rows == 1:
-        tiles, splits = [(16, 4, 1), (16, 4, 2), (16, 2, 2), (32, 4, 1), (64, 2, 1)], (1, 2)
-    elif rows <= 8:
-        tiles = [(16, 4, 2), (16, 2, 2), (16, 8, 1), (32, 4, 1), (32, 4, 2), (32, 2, 1), (64, 4, 1)]
-        splits = (1, 2, 4)
-    else:
-        tiles, splits = [(32, 4, 1), (64, 4, 1)], (1, 2, 4, 8)
-    apart = [(128, 4, 2), (64, 4, 2), (128, 4, 1), (256, 8, 2)] if rows > 8 else []
-    return [(*t, True) for t in apart] + [(*t, False) for t in tiles], splits
+def worth(blocks: tuning.Wide | tuning.SomeRows, outputs: int, inputs: int) -> bool:
+    """Whether there are programs for nearly every multiprocessor, but not, by being split, many
+    more, and enough inputs for each."""
+    programs = -(-outputs // blocks.block_n) * blocks.split
+    enough = programs <= 1200 and inputs >= 4 * blocks.block_k * blocks.split
+    return programs >= 100 and (blocks.split == 1 or enough)
 
 
-def fits(blocks: tuning.SomeRows | tuning.ByWords, outputs: int, inputs: int) -> bool:
-    """Whether a packed product has whole tiles, some in each part, and programs for every
-    multiprocessor but not, by being split, many more."""
-    split, turns = blocks.split, inputs // blocks.block_k
-    programs = -(-outputs // blocks.block_n) * split
-    full = -(-turns // split) * (split - 1) < turns  # an empty part would read past the weight
-    worth = split == 1 or (programs < 600 and turns >= 2 * split and full)
-    return inputs % blocks.block_k == 0 and programs >= 120 and worth
+def stream_candidates(weight: Weight, products: Products) -> list[Blocks]:
+    read, inputs = source(weight), weight.shape[1]
+    found: list[Blocks] = []
+    tiles = [(16, 4, 8), (16, 2, 8), (16, 1, 8), (16, 2, 16), (32, 2, 8), (32, 1, 8), (32, 1, 16),
+             (64, 1, 8)]  # fmt: skip
+    for tile, split, memory in itertools.product(tiles, (1, 2, 4), (106, 150, 200)):
+        for programs in (1, 2):
+            n, runs, warps = (*tile[:2], tile[2] // programs)
+            blocks = tuning.Stream(n, runs, warps, 2, programs, split)
+            if inputs % (turn_of(read, blocks) * split):
+                continue
+            while shared_memory(read, inputs, blocks) * programs < memory * 1024:
+                blocks = blocks._replace(stages=blocks.stages + 1)
+            if blocks.stages > 3:
+                found.append(blocks._replace(stages=blocks.stages - 1))
+    return list(dict.fromkeys(found))
 
 
 def attention_candidates(rows: int, kv_heads: int) -> list[tuning.DecodeAttention]:
@@ -127,7 +111,7 @@ def attention_candidates(rows: int, kv_heads: int) -> list[tuning.DecodeAttentio
 
 class Step:
     """The captured step of `rows` rows. `blocks` is what its kernels get: those of a product by
-    what it is, those of attention by that name. `products` are a layer's and the output's."""
+    what it is, those of attention by that name. `weights` are a layer's and the output's."""
 
     def __init__(self, args: ModelArgs, rows: int, quantize: str | None, device: str) -> None:
         self.rows = rows
@@ -136,10 +120,9 @@ class Step:
         self.blocks: dict[Product | str, Blocks] = {
             "attention": max(every, key=lambda blocks: blocks.programs)
         }
-        for module in (products, step):  # at first, what the table says
-            module.product_blocks = lambda _, *product: self.blocks.setdefault(
-                product, tuning.product_blocks(rows, *product)
-            )
+        Products.blocks = lambda own, rows, weight, arranged=False: (
+            self.blocks.get(product_of(weight)) or TABLE(own, rows, weight, arranged)
+        )
         attention.decode_attention_blocks = lambda *_: self.blocks["attention"]
         step.MOST_ROWS = dict.fromkeys(tuning.MOST_ROWS, rows)
         source = random_checkpoint(args, dtype=torch.bfloat16, device=device)
@@ -151,10 +134,10 @@ class Step:
         self.step = step.CapturedStep(model, cache, rows)
         forward = self.step.forward
         weights = (*forward.blocks[0].products(), forward.output)
-        self.products: dict[str, Product] = {
-            name: (*weight.shape, kind_of(weight))
-            for name, weight in zip(PRODUCTS, weights, strict=True)
-        }
+        self.weights = dict(zip(PRODUCTS, weights, strict=True))
+        for weight in weights:  # what the table says, at first
+            arranged = rows > 1 and self.step.products.arranges(weight)
+            self.blocks[product_of(weight)] = TABLE(self.step.products, rows, weight, arranged)
 
     def use_ours(self, ours: bool) -> None:
         """Our products, or torch's: a layer knows which since it was built, the output asks."""
@@ -231,10 +214,11 @@ def tune(
         tried.blocks["attention"] = now
 
     table_of_attention(contexts[0])
-    for name, product in tried.products.items():
+    for name, weight in tried.weights.items():
         if name in only:
-            title = f"{name} {product[2]}".rstrip()
-            tried.sweep(title, product, product_candidates(rows, *product), contexts[0], best)
+            title, product = f"{name} {kind_of(weight)}".rstrip(), product_of(weight)
+            some = product_candidates(weight, rows, tried.step.products)
+            tried.sweep(title, product, some, contexts[0], best)
     for context in contexts:
         table_of_attention(context)
         if "attention" in only:
