@@ -17,6 +17,10 @@ from llama.parallel import ONE
 from llama.sampling import SamplingParams
 
 pytest.importorskip("triton", reason="triton is not installed")
+import triton
+
+from llama.cuda.launch import compiled_together
+from llama.cuda.rows import rms_norm
 from llama.cuda.step import CapturedStep, Row
 
 pytestmark = pytest.mark.gpu
@@ -172,3 +176,19 @@ def test_memory_beside_weights_and_cache_is_small():
     above = free - torch.cuda.mem_get_info()[0] - plan.weights - plan.cache
     print(f"{above / 2**20:.0f} MB above weights and cache")
     assert above < 1.5e9
+
+
+def test_what_is_compiled_together_does_not_run_and_needs_no_compiling_later():
+    x, out = torch.randn(3, 128, device="cuda"), torch.zeros(3, 128, device="cuda")
+    gain = torch.ones(128, device="cuda")
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.compilation, "listener", lambda **seen: compiled.append(seen))
+        with compiled_together(x.device):
+            rms_norm(x, gain, 1e-5, out)
+            rms_norm(x.bfloat16(), gain.bfloat16(), 1e-5, out.bfloat16())
+        assert len(compiled) == 2
+        assert not out.any()
+        rms_norm(x, gain, 1e-5, out)
+        assert len(compiled) == 2
+    torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, (128,), gain, 1e-5))

@@ -254,7 +254,7 @@ def test_one_token_sequences_go_to_the_function_that_was_given(tiny):
         results.append(FlatForward(model, function).hidden(positions, positions, batch, cache))
     assert torch.equal(*results)
     assert seen[0] == ((2, 8, 16), (3, 16, 2, 16), [2, 0], [4, 9], (2, 8, 16))
-    assert len(seen) == 2
+    assert len(seen) == 2 + (DEVICE.type == "cuda")  # where kernels are compiled before a layer
 
 
 def test_joined_weights_are_held_once(tiny):

@@ -91,7 +91,9 @@ class Case:
             made.mask[:count] = words.sum(-1).to(torch.int32)
 
     def call(self, made):
-        made(self.logits, self.index, rows=len(self.logits), masked=self.allowed is not None)
+        greedy = bool((self.temperature == 0).all())
+        masked = self.allowed is not None
+        made(self.logits, self.index, rows=len(self.logits), masked=masked, greedy=greedy)
         count = len(self.logits)
         return made.ids[:count], made.logprob[:count], made.finite[:count]
 
@@ -139,6 +141,12 @@ def shapes_of_logits(rows, vocab):
 @pytest.mark.parametrize("kind", shapes_of_logits(1, 8))
 def test_ids_and_logprobs_are_those_of_the_plain_sampler(small, kind):
     Case(shapes_of_logits(len(MIXED), 300)[kind], MIXED).check()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kind", shapes_of_logits(1, 8))
+def test_rows_that_are_all_greedy_need_no_weights(small, kind):
+    Case(shapes_of_logits(3, 300)[kind], [GREEDY] * 3).check()
 
 
 @needs_interpreter
@@ -280,9 +288,9 @@ def test_every_kernel_waits_before_anything_else():
     tree = ast.parse(inspect.getsource(sampling))
     kernels = {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)}
     launched = {
-        node.func.value.id
+        node.args[0].id
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "launch"
     }
     assert launched == set(KERNELS)
     for name in KERNELS:

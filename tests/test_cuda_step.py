@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from llama.cache import Batch
 from llama.cuda import attention, products
-from llama.cuda.step import CapturedStep, Row
+from llama.cuda.step import FLIGHTS, CapturedStep, Row
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks
 from llama.cuda.tuning import some_rows_blocks
 from llama.engine import Engine
@@ -197,6 +197,23 @@ def test_an_interrupted_step_happens_again(monkeypatch):
     while not engine.idle:
         engine.step()
     assert [r.tokens for r in requests] == [a[0] for a in alone]
+
+
+def test_as_many_steps_as_may_be_in_flight_keep_their_results_apart():
+    model = small()
+    alone = answers(engine_of(model, False), [[5]], SamplingParams(temperature=0, max_tokens=25))
+    step = CapturedStep(model, model.new_cache(1, 64), 2)
+    step.load([Row(5, 0, 0, (), 99, 0, SamplingParams(temperature=0), ())])
+    tokens = []
+    for ahead in (1, FLIGHTS, 3, FLIGHTS, 5):
+        for _ in range(ahead):
+            step.launch()
+        tokens += [step.read()[0].token for _ in range(ahead)]
+    assert tokens == alone[0][0]
+    for _ in range(FLIGHTS):
+        step.launch()
+    with pytest.raises(AssertionError):  # the ninth would write where the first one's wait
+        step.launch()
 
 
 def test_rows_that_share_a_slot_are_tokens_of_one_sequence():

@@ -219,8 +219,8 @@ ARGS = tiny_args(n_layers=8, hidden_dim=192)
     [
         ("int8", ["int8"] * 8, "int8", None),
         ("fp8", ["fp8"] * 8, "fp8", None),
-        ("int4", ["int4-64"] * 8, "int8", None),
-        ("int4-32", ["int4-32"] * 8, "int8", None),
+        ("int4", ["int4-64"] * 8, "int8", "int8"),
+        ("int4-32", ["int4-32"] * 8, "int8", "int8"),
         ("mixed", ["int8"] * 2 + ["int4-64"] * 4 + ["int8"] * 2, "int8", None),
         ({"layers": "fp8"}, ["fp8"] * 8, None, None),
         ({"layers.0,2-3": "int8", "layers.7": "int4"},

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.cuda.epilogues import arranged_place
-from llama.cuda.launch import allow, fetch, overlap, wait
+from llama.cuda.launch import allow, fetch, launch, overlap, wait
 from llama.cuda.tuning import decode_attention_blocks, power_of_two
 
 
@@ -151,7 +151,7 @@ class DecodeAttention:
         assert out.is_contiguous(), out.stride()
         longest, kv_heads = k.shape[1:3]
         programs, block, stages, warps, ahead = decode_attention_blocks(rows, kv_heads, long)
-        _attend[(programs + rows, kv_heads)](
+        launch(_attend, (programs + rows, kv_heads))(
             q, q.stride(0), k, v, slots, lengths, out,
             self.sums, self.tops, self.arrived, rows, longest,
             size**-0.5 * 1.4426950408889634,  # times log2(e): scores are exponents of 2

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from llama.cache import Batch, KVCache
 from llama.checkpoint.packed import Packed
+from llama.cuda.launch import compiled_together
 from llama.cuda.prefill import attend_runs, tile_table, tiling
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
+from llama.cuda.tuning import largest_power_of_two
 from llama.cuda.unpack import Unpacked
 from llama.cuda.weights import Weight, pairs_of
 from llama.model import Transformer, TransformerBlock, attend_decode
@@ -30,7 +32,7 @@ from llama.quantization.linear import QuantizedEmbedding, QuantizedLinear
 AttendOnes = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], object]
 
 
-UNPACKED = 2**25  # numbers of a packed matrix that are unpacked at once
+UNPACKED = 2**25  # numbers of a packed matrix that are unpacked at once, at most
 
 
 def joined(modules: Sequence[nn.Module]) -> Weight:
@@ -79,10 +81,11 @@ def _below(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def rows_at_once(weight: Weight) -> int:
-    """Of a weight, for a product by torch: all of a plain one, of a packed one what is unpacked."""
+    """Of a weight, for a product by torch: all of a plain one, of a packed one what is unpacked, a
+    power of two, since columns of a result that begin anywhere make torch's products slow."""
     if isinstance(weight, Tensor):
         return len(weight)
-    return min(weight.shape[0], max(1, UNPACKED // weight.shape[1]))
+    return min(weight.shape[0], largest_power_of_two(max(1, UNPACKED // weight.shape[1])))
 
 
 class Block(NamedTuple):
@@ -145,6 +148,7 @@ class FlatForward:
         weight = model.norm.weight
         self.cut = tiling(args.head_dim, weight.dtype, weight.device)
         self.numbers = Unpacked(self._largest(), weight.dtype, weight.device)
+        self.compiled = weight.device.type != "cuda"
 
     def _largest(self) -> int:
         """Numbers of the most that is unpacked at once."""
@@ -170,11 +174,12 @@ class FlatForward:
         )
         x = self.model.tok_embeddings(tokens)  # (N, D)
         h = torch.empty_like(x)
-        for layer, block in enumerate(self.blocks):
-            rms_norm(x, block.attention_norm, eps, out=h)
-            self._attention(h, x, layer, block, step)
-            rms_norm(x, block.ffn_norm, eps, out=h)
-            self._feed_forward(h, x, block)
+        if not self.compiled:
+            with compiled_together(x.device):
+                self._layer(h, h, 0, step)  # of no meaning: torch's products run, kernels do not
+            self.compiled = True
+        for layer in range(len(self.blocks)):
+            self._layer(h, x, layer, step)
         return rms_norm(x, self.model.norm.weight, eps, out=h)
 
     @torch.no_grad()
@@ -210,6 +215,14 @@ class FlatForward:
         """into (N, out) += the product of x (N, in) and weight (out, in), rounded once."""
         for low, high, some in self.parts(weight):
             into[:, low:high].addmm_(x, some.t())
+
+    def _layer(self, h: Tensor, x: Tensor, layer: int, step: Step) -> None:
+        """A layer's sums onto x (N, D); h (N, D) is scratch."""
+        block, eps = self.blocks[layer], self.model.params.norm_eps
+        rms_norm(x, block.attention_norm, eps, out=h)
+        self._attention(h, x, layer, block, step)
+        rms_norm(x, block.ffn_norm, eps, out=h)
+        self._feed_forward(h, x, block)
 
     def _attention(self, h: Tensor, x: Tensor, layer: int, block: Block, step: Step) -> None:
         """x += attention of h (N, D)."""

@@ -5,9 +5,14 @@ begins while its predecessor runs. Until `wait` returns it may read what no kern
 and parameters, and nothing else; after it, all of its predecessors' writes are there. Every program
 of every kernel must call `wait`, also one that has nothing to do, since that is what makes the
 promise hold along a chain of kernels. `allow` lets the successor begin.
+
+Nobody should wait for a compiler: what a step or a prompt launches is compiled in one go before the
+first one, by as many threads as there are processors (`compiled_together`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -16,7 +21,39 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+_gathered: list[Any] | None = None  # kernels, while they are not to run
+
 INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter, on CPU tensors: tests
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:  # noqa: ANN401
+    """`kernel[grid]`, to be called with the arguments; see `compiled_together`."""
+    if _gathered is None:
+        return kernel[grid]  # type: ignore[no-any-return]
+    gathered = _gathered
+    return lambda *args, **options: gathered.append(kernel.warmup(*args, grid=grid, **options))
+
+
+@contextmanager
+def compiled_together(device: torch.device) -> Iterator[None]:
+    """What is launched in here does not run: it is compiled and loaded, all at one time."""
+    global _gathered
+    gathered: list[Any] = []
+    index = index_of(device)
+    with ThreadPoolExecutor() as threads:
+        with triton.AsyncCompileMode(threads):
+            _gathered = gathered
+            try:
+                yield
+            finally:
+                _gathered = None
+
+        def load(kernel: Any) -> None:  # noqa: ANN401
+            torch.cuda.set_device(index)
+            kernel = kernel.result() if hasattr(kernel, "result") else kernel
+            kernel.run  # noqa: B018  (compiles what launches it, in C)
+
+        list(threads.map(load, {id(kernel): kernel for kernel in gathered}.values()))
 
 
 @triton.jit
@@ -54,12 +91,16 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def index_of(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def multiprocessors_and_memory(device: torch.device) -> tuple[int, int]:
     """Of a GPU, and how many bytes of it a program may share; in the interpreter some."""
     if INTERPRETED or device.type != "cuda":
         return 1, 227 * 1024
-    index = torch.cuda.current_device() if device.index is None else device.index
-    found = triton.runtime.driver.active.utils.get_device_properties(index)
+    found = triton.runtime.driver.active.utils.get_device_properties(index_of(device))
     return found["multiprocessor_count"], found["max_shared_mem"]
 
 

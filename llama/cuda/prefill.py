@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.cache import Batch
-from llama.cuda.launch import INTERPRETED, allow, capability, overlap, wait
+from llama.cuda.launch import INTERPRETED, allow, capability, launch, overlap, wait
 
 LOG2_E = 1.4426950408889634
 
@@ -207,7 +207,7 @@ def attend_runs(
     for layer in (k_layer, v_layer):
         assert layer.is_contiguous(), layer.stride()
         assert layer.dtype == q.dtype, (layer.dtype, q.dtype)
-    _attend[(len(tiles) * kv_heads,)](
+    launch(_attend, (len(tiles) * kv_heads,))(
         q, k_layer, v_layer, tiles, out, q.stride(0), out.stride(0), k_layer.stride(0),
         head_dim**-0.5 * LOG2_E, G=heads // kv_heads, K=kv_heads, E=head_dim,
         BLOCK_M=cut.rows, BLOCK_N=cut.keys, WIDE=INTERPRETED,

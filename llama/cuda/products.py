@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama.checkpoint.packed import Packed
 from llama.cuda.epilogues import ADD, GATE, ROTATE, STORE, Rotation
-from llama.cuda.launch import INTERPRETED, capability, multiprocessors_and_memory, overlap
+from llama.cuda.launch import INTERPRETED, capability, launch, multiprocessors_and_memory, overlap
 from llama.cuda.stream import described, shared_memory, stream, turn_of
 from llama.cuda.tiles import some_rows
 from llama.cuda.tuning import (
@@ -138,12 +138,12 @@ class Products:
         if isinstance(blocks, Stream):
             self._stream(x, read, norm, outputs, blocks, to, shape)
         elif isinstance(blocks, Wide):
-            wide[(tiles, blocks.split)](
+            launch(wide, (tiles, blocks.split))(
                 x, _bytes(read.weight), read.scale, rows, outputs, *to, RP=blocks.padded,
                 BLOCK_K=blocks.block_k, W=blocks.warps, **shape,
             )  # fmt: skip
         else:
-            some_rows[(tiles, blocks.split)](
+            launch(some_rows, (tiles, blocks.split))(
                 x, read.weight, read.scale, rows, outputs, *to, RP=blocks.padded,
                 BLOCK_K=blocks.block_k, GROUP=read.group, **shape,
             )  # fmt: skip
@@ -172,7 +172,7 @@ class Products:
                 ring[1] = described(pairs, halves, blocks.block_n, turn // read.group)
         most = max(1, blocks.programs * self.multiprocessors // blocks.split)
         programs = min(-(-outputs // blocks.block_n), most) * blocks.split
-        stream[(programs,)](
+        launch(stream, (programs,))(
             x, *ring, gain, eps, outputs, *to, RUNS=blocks.runs, GROUP=read.group,
             NORM=norm is not None, W=blocks.warps, BULK=bulk, **shape,
         )  # fmt: skip

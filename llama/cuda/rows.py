@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.cuda.epilogues import arranged_place
-from llama.cuda.launch import allow, overlap, wait
+from llama.cuda.launch import allow, launch, overlap, wait
 
 GATE_BLOCK = 2048  # columns of a row that one program gates
 
@@ -63,7 +63,7 @@ def rms_norm(
     out = torch.empty_like(x) if out is None else out
     assert x.stride(1) == out.stride(1) == weight.stride(0) == 1, (x.stride(), out.stride())
     block = triton.next_power_of_2(dim)
-    _rms_norm[(rows,)](
+    launch(_rms_norm, (rows,))(
         x, weight, out, x.stride(0), out.stride(0), eps,
         D=dim, BLOCK=block, ARRANGED=arranged, num_warps=_warps(block), **overlap(x.device),
     )  # fmt: skip
@@ -153,7 +153,7 @@ def rotate_and_store(
         out = qkv[:, : heads * head_dim].view(rows, heads, head_dim)
     assert out.stride()[1:] == (head_dim, 1), out.stride()
     block = triton.next_power_of_2(heads)
-    _rotate_and_store[(rows,)](
+    launch(_rotate_and_store, (rows,))(
         qkv, cos, sin, places, k_layer, v_layer, out, qkv.stride(0), out.stride(0),
         H=heads, K=kv_heads, E=head_dim, H_BLOCK=block, K_BLOCK=triton.next_power_of_2(kv_heads),
         num_warps=_warps(block * head_dim), **overlap(qkv.device),
@@ -190,7 +190,7 @@ def silu_multiply(joined: Tensor, out: Tensor | None = None) -> Tensor:
     out = joined.new_empty(rows, hidden) if out is None else out
     assert joined.stride(1) == out.stride(1) == 1, (joined.stride(), out.stride())
     block = min(GATE_BLOCK, triton.next_power_of_2(hidden))
-    _silu_multiply[(rows * triton.cdiv(hidden, block),)](
+    launch(_silu_multiply, (rows * triton.cdiv(hidden, block),))(
         joined, out, joined.stride(0), out.stride(0),
         F=hidden, BLOCK=block, num_warps=_warps(block), **overlap(joined.device),
     )  # fmt: skip

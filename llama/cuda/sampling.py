@@ -1,4 +1,4 @@
-"""A token for each row inside a captured step: greedy, temperature and top_p, in five launches.
+"""A token for each row inside a captured step, in five launches; greedy, in two of them.
 
 The plain counterpart is `llama.sampling.sample`, whose ids these are; top_k, min_p, penalties and
 biases are not known here. Nothing is sorted, allocated or waited for, and scratch is cleared by the
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from llama.cuda.launch import INTERPRETED, allow, overlap, wait
+from llama.cuda.launch import INTERPRETED, allow, launch, overlap, wait
 from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WEIGHT_SCALE
 
 BLOCK = 1024  # tokens that a program has in registers at a time
@@ -345,8 +345,17 @@ class Sampler:
         self._best = new(torch.int64, BEST)
         self._found = new(torch.int64, 3)  # first digit, goal after it, goal after the second
 
-    def __call__(self, logits: Tensor, index: Tensor, *, rows: int, masked: bool = False) -> None:
-        """Write ids, logprob and finite of the first `rows` rows.
+    def __call__(
+        self,
+        logits: Tensor,
+        index: Tensor,
+        *,
+        rows: int,
+        masked: bool = False,
+        greedy: bool = False,
+    ) -> None:
+        """Write ids, logprob and finite of the first `rows` rows, whose temperature is 0 if
+        `greedy`.
 
         logits (rows, V) float32, not written to; index (rows,) int64: how many tokens each row
         generated before this one. `masked` reads `mask`. Rows that are not finite get some id.
@@ -368,14 +377,17 @@ class Sampler:
         given = logits, logits.stride(0), self.mask, self.temperature
         sums = self._keys, self._peaks, self._sums
         grid = parts, rows
-        _peaks[grid](*given, *sums, self._bins, self._best, per, BEST=BEST, **tiled)
-        _weigh[grid](*given, self.top_p, self._keys, self._bins, per, **tiled)
-        _narrow[grid](*given, self.top_p, self._keys, self._bins, self._found, per, **tiled)
-        _draw[grid](
-            *given, self.top_p, self.seed, self.seed.stride(1), index, self._keys,
-            self._bins, self._best, self._found, per, BEST=BEST, **tiled,
-        )  # fmt: skip
-        _pick[rows,](
+        launch(_peaks, grid)(*given, *sums, self._bins, self._best, per, BEST=BEST, **tiled)
+        if not greedy:
+            drawn = *given, self.top_p
+            found = self._bins, self._found
+            launch(_weigh, grid)(*drawn, self._keys, self._bins, per, **tiled)
+            launch(_narrow, grid)(*drawn, self._keys, *found, per, **tiled)
+            launch(_draw, grid)(
+                *drawn, self.seed, self.seed.stride(1), index, self._keys,
+                self._bins, self._best, self._found, per, BEST=BEST, **tiled,
+            )  # fmt: skip
+        launch(_pick, (rows,))(
             *given[:2], self.temperature, *sums, self._bins, self._best, self._found,
             self.ids, self.logprob, self.finite, parts, **whole,
         )  # fmt: skip

@@ -29,7 +29,7 @@ from triton.language.extra import libdevice
 from llama.cache import KVCache
 from llama.cuda.attention import DecodeAttention
 from llama.cuda.forward import Block, FlatForward
-from llama.cuda.launch import INTERPRETED, allow, overlap, wait
+from llama.cuda.launch import INTERPRETED, allow, compiled_together, launch, overlap, wait
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.sampling import Sampler
@@ -39,6 +39,7 @@ from llama.cuda.weights import Weight, kind_of, source, table_row
 from llama.model import Transformer
 from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WORD, SamplingParams
 
+FLIGHTS = 8  # steps whose results nobody has read
 STOPS = 32  # stop ids of a row that the device knows; the host knows them all
 EXACT = tl.constexpr(not INTERPRETED)  # the interpreter has no libdevice
 
@@ -65,10 +66,11 @@ def _begin(  # type: ignore[no-untyped-def]
     tl.store(places + row, tl.where((slot >= 0) & (position < T), slot * T + position, -1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _advance(  # type: ignore[no-untyped-def]
-    ids, finite, logprob, results, tokens, positions, slots, lengths, index, limits, stops, stride,
-    rows, T, S: tl.constexpr, R_PAD: tl.constexpr, OVERLAP: tl.constexpr,
+    ids, finite, logprob, results, turn, tokens, positions, slots, lengths, index, limits, stops,
+    stride, rows, T, S: tl.constexpr, R_PAD: tl.constexpr, FLIGHTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """What the step brought, for the host; and where the next one is."""
     allow(OVERLAP)
@@ -80,10 +82,13 @@ def _advance(  # type: ignore[no-untyped-def]
     position = tl.load(positions + r, mask=real, other=0)
     count = tl.load(index + r, mask=real, other=0)
     live = real & (slot >= 0)
-    tl.store(results + 3 * r, chosen.to(tl.int32), mask=real)
-    tl.store(results + 3 * r + 1, tl.load(finite + r, mask=real, other=0), mask=real)
+    now = tl.load(turn)
+    results += now % FLIGHTS * (3 * stride) + 3 * r
+    tl.store(results, chosen.to(tl.int32), mask=real)
+    tl.store(results + 1, tl.load(finite + r, mask=real, other=0), mask=real)
     likely = tl.load(logprob + r, mask=real, other=0.0)
-    tl.store(results + 3 * r + 2, likely.to(tl.int32, bitcast=True), mask=real)
+    tl.store(results + 2, likely.to(tl.int32, bitcast=True), mask=real)
+    tl.store(turn, now + 1)
     ending = tl.load(
         stops + tl.arange(0, S)[:, None] * stride + r[None, :], mask=real[None, :], other=-1
     )  # (S, R)
@@ -138,6 +143,7 @@ class Key(NamedTuple):
     top: int | None  # alternatives of a full step; None: a lean one
     long: bool  # whether a row has many keys
     masked: bool
+    greedy: bool  # whether a lean one takes the most probable token of every row
 
 
 class Scratch:
@@ -182,21 +188,25 @@ class CapturedStep:
         self.scratch = Scratch(self.forward, max_rows)
         self.sampler = Sampler(max_rows, args.vocab_size, device)
         self.shifts = Shifts(max_rows, args.vocab_size, device)
-        self.state = torch.zeros(9 + STOPS, max_rows, dtype=torch.int64, device=device)
+        self.state = torch.zeros(10 + STOPS, max_rows, dtype=torch.int64, device=device)
         (self.tokens, self.positions, self.slots, self.lengths, self.index, self.limits) = (
             self.state[:6]
         )
         self.sampler.seed, self.sampler.top_p = self.state[6:8].T, self.state[8]
-        self.stops = self.state[9:]  # (S, R)
-        self.results = torch.zeros(max_rows, 3, dtype=torch.int32, device=device)
+        self.turn = self.state[9, :1]  # how many steps there were, as is self.launched
+        self.stops = self.state[10:]  # (S, R)
+        # in the memory of the host, where a step writes by itself: a copy would hold up the next
+        pinned = device.type == "cuda"
+        self.results = torch.zeros(FLIGHTS, max_rows, 3, dtype=torch.int32, pin_memory=pinned)
+        self.launched = 0
         self.overlap = overlap(device)
         self.graphs: dict[Key, torch.cuda.CUDAGraph] = {}
-        self.masked = False
+        self.masked = self.greedy = False
         self.rows = 0
         self.keys = 0  # of the longest row in the next step
         self.top: int | None = None  # alternatives of a full step; None: a lean one
         self.knows_stops = True  # whether the device sees every stop id of the rows
-        self.flight: deque[tuple[list[Tensor], torch.cuda.Event | None]] = deque()
+        self.flight: deque[tuple[Tensor, list[Tensor], torch.cuda.Event | None]] = deque()
 
     # ---- the face
 
@@ -213,16 +223,17 @@ class CapturedStep:
         self.knows_stops = all(len(row.stops) <= STOPS for row in rows)
         columns = [
             [r.token, r.position, r.slot, r.position + 1, len(r.generated), r.limit, r.seed & WORD,
-             r.seed >> 32 & WORD, max(1, round(r.params.top_p * 2**TOP_P_BITS)),
+             r.seed >> 32 & WORD, max(1, round(r.params.top_p * 2**TOP_P_BITS)), self.launched,
              *[*r.stops, *[-1] * STOPS][:STOPS]]
             for r in rows
         ]  # fmt: skip
-        idle = [0, 0, -1, 0, 0, 0, 0, 0, 2**TOP_P_BITS, *[-1] * STOPS]
+        idle = [0, 0, -1, 0, 0, 0, 0, 0, 2**TOP_P_BITS, self.launched, *[-1] * STOPS]
         columns += [idle] * (self.rows - len(rows))
         self._send(self.state[:, : self.rows], torch.tensor(columns).T.contiguous())
         heat = [r.params.temperature and max(r.params.temperature, SMALLEST_NORMAL) for r in rows]
         heat += [0.0] * (self.rows - len(rows))
         self._send(self.sampler.temperature[: self.rows], torch.tensor(heat))
+        self.greedy = not any(heat)
         self.top = None
         if not all(row.lean for row in rows):
             wanted = max(row.params.logprobs or 0 for row in rows)
@@ -234,7 +245,9 @@ class CapturedStep:
 
     def launch(self) -> None:
         """Run one step; it is in flight until it is read."""
-        key = Key(self.rows, self.top, self.keys > LONG, self.masked)
+        assert len(self.flight) < FLIGHTS, len(self.flight)
+        greedy = self.greedy and self.top is None
+        key = Key(self.rows, self.top, self.keys > LONG, self.masked, greedy)
         self.keys += 1
         if self.device.type != "cuda":
             self._step(key)
@@ -242,32 +255,33 @@ class CapturedStep:
             if key not in self.graphs:
                 self._capture(key)
             self.graphs[key].replay()
-        found = [self.results[: self.rows]]
+        results = self.results[self.launched % FLIGHTS, : self.rows]
+        self.launched += 1
+        tops, done = [], None
         if self.top:
-            found += [t[: self.rows, : self.top] for t in (self.shifts.top_ids, self.shifts.tops)]
-        done = None
+            tops = [t[: self.rows, : self.top] for t in (self.shifts.top_ids, self.shifts.tops)]
         if self.device.type == "cuda":
-            found = [
+            tops = [
                 torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-                for t in found
+                for t in tops
             ]
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         else:
-            found = [t.clone() for t in found]
-        self.flight.append((found, done))
+            tops = [t.clone() for t in tops]
+        self.flight.append((results, tops, done))
 
     def read(self) -> list[Outcome]:
         """What the oldest step in flight brought, a row each; waits for that step alone."""
-        found, done = self.flight[0]
+        results, alternatives, done = self.flight[0]
         if done is not None:
             done.synchronize()
         self.flight.popleft()
-        ids, finite, bits = found[0].T
+        ids, finite, bits = results.T
         logprobs = bits.contiguous().view(torch.float32).tolist()
         tops: list[list[tuple[int, float]]] = [[] for _ in logprobs]
-        if len(found) > 1:
-            both = zip(found[1].tolist(), found[2].tolist(), strict=True)
+        if alternatives:
+            both = zip(*(t.tolist() for t in alternatives), strict=True)
             tops = [list(zip(names, values, strict=True)) for names, values in both]
         return [
             Outcome(token, bool(fine), logprob, top)
@@ -302,11 +316,13 @@ class CapturedStep:
         target.copy_(source, non_blocking=True)
 
     def _capture(self, key: Key) -> None:
-        """Record the graph of a step. What it needs is compiled and allocated by a run before it,
+        """Record the graph of a step. What it needs is compiled and allocated before that by runs
         in which no row has a slot."""
         kept = self.state.clone()
         self.slots[: key.rows] = -1
         self.lengths[: key.rows] = 0
+        with compiled_together(self.device):
+            self._step(key)
         self._step(key)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
@@ -322,7 +338,7 @@ class CapturedStep:
         s, n, model = self.scratch, key.rows, self.forward.model
         size = model.params.head_dim // 2
         dim, table = model.params.dim, source(self.forward.table)
-        _begin[(n,)](
+        launch(_begin, (n,))(
             self.tokens, self.positions, self.slots, table.weight, table.scale,
             model.freqs, s.x, s.cos, s.sin, s.places, self.cache.max_seq_len, D=dim, HALF=size,
             D_PAD=power_of_two(dim), HALF_PAD=power_of_two(size), KIND=table.kind,
@@ -335,14 +351,14 @@ class CapturedStep:
                 self._many(n, layer, block, key.long)
         logits = self._logits(n)
         if key.top is None:
-            self.sampler(logits, self.index[:n], rows=n, masked=key.masked)
+            self.sampler(logits, self.index[:n], rows=n, masked=key.masked, greedy=key.greedy)
         else:
             self.shifts(logits, self.index[:n], self.slots[:n], self.sampler, key.top)
-        _advance[(1,)](
-            self.sampler.ids, self.sampler.finite, self.sampler.logprob, self.results, self.tokens,
-            self.positions, self.slots, self.lengths, self.index, self.limits, self.stops,
-            self.stops.stride(0), n, self.cache.max_seq_len, S=STOPS, R_PAD=power_of_two(n),
-            **self.overlap,
+        launch(_advance, (1,))(
+            self.sampler.ids, self.sampler.finite, self.sampler.logprob, self.results, self.turn,
+            self.tokens, self.positions, self.slots, self.lengths, self.index, self.limits,
+            self.stops, self.stops.stride(0), n, self.cache.max_seq_len, S=STOPS,
+            R_PAD=max(2, power_of_two(self.max_rows)), FLIGHTS=FLIGHTS, **self.overlap,
         )  # fmt: skip
 
     def _norm(

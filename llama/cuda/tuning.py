@@ -15,6 +15,11 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def largest_power_of_two(n: int) -> int:
+    """The largest power of two that is at most n."""
+    return 1 << (n.bit_length() - 1)
+
+
 class Stream(NamedTuple):
     """Of one row (stream.py): outputs of a tile, runs of inputs that a warp multiplies in a turn,
     warps, stages of the ring, programs of a multiprocessor, programs that share a sum; the row."""

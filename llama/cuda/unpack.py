@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.cuda.launch import allow, overlap, wait
+from llama.cuda.launch import allow, launch, overlap, wait
 from llama.cuda.weights import INT4 as _INT4
 from llama.cuda.weights import Weight, scale_and_offset, source
 
@@ -47,7 +47,7 @@ def unpack(weight: Weight, out: Tensor) -> Tensor:
     assert read.weight.is_contiguous(), read.weight.stride()
     assert out.shape == weight.shape, (out.shape, weight.shape)
     numel = read.weight.numel()
-    _unpack[(triton.cdiv(numel, _BLOCK),)](
+    launch(_unpack, (triton.cdiv(numel, _BLOCK),))(
         read.weight, read.scale, out, numel, K=weight.shape[1], GROUP=read.group,
         INT4=read.kind == _INT4, BLOCK=_BLOCK, num_warps=4, **overlap(out.device),
     )  # fmt: skip
