@@ -19,7 +19,7 @@ from llama.sampling import SamplingParams
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
-from llama.cuda.launch import compiled_together
+from llama.cuda.launch import compile_together
 from llama.cuda.rows import rms_norm
 from llama.cuda.step import CapturedStep, Row
 
@@ -184,9 +184,12 @@ def test_what_is_compiled_together_does_not_run_and_needs_no_compiling_later():
     compiled = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.knobs.compilation, "listener", lambda **seen: compiled.append(seen))
-        with compiled_together(x.device):
+
+        def launches():
             rms_norm(x, gain, 1e-5, out)
             rms_norm(x.bfloat16(), gain.bfloat16(), 1e-5, out.bfloat16())
+
+        compile_together(launches, x.device)
         assert len(compiled) == 2
         assert not out.any()
         rms_norm(x, gain, 1e-5, out)

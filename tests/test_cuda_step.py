@@ -7,8 +7,10 @@ from conftest import tiny_args, unit_scale
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+
 from llama.cache import Batch
-from llama.cuda import attention, products
+from llama.cuda import attention, launch, products
 from llama.cuda.step import FLIGHTS, CapturedStep, Row
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks
 from llama.cuda.tuning import some_rows_blocks
@@ -257,3 +259,20 @@ def test_a_mask_bounds_the_choice_and_not_the_logprob():
     best = max(others, key=lambda t: float(logprobs[t]))
     assert bound.token == best != free.token
     assert bound.logprob == pytest.approx(float(logprobs[best]), abs=1e-5)
+
+
+def test_compiling_that_was_interrupted_can_begin_again(monkeypatch):
+    """Ctrl-C in a chat's first answer: the second was told that a mode of Triton's is active."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    device = torch.device("cuda:0")
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.AsyncCompileMode, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            launch.compile_together(lambda: None, device)
+    seen = []
+    launch.compile_together(lambda: seen.append(launch._gathered), device)
+    assert seen == [[]]
+    assert launch._gathered is None

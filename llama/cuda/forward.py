@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llama.cache import Batch, KVCache
 from llama.checkpoint.packed import Packed
-from llama.cuda.launch import compiled_together
+from llama.cuda.launch import compile_together
 from llama.cuda.prefill import attend_runs, tile_table, tiling
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.tuning import largest_power_of_two
@@ -175,8 +175,8 @@ class FlatForward:
         x = self.model.tok_embeddings(tokens)  # (N, D)
         h = torch.empty_like(x)
         if not self.compiled:
-            with compiled_together(x.device):
-                self._layer(h, h, 0, step)  # of no meaning: torch's products run, kernels do not
+            # of no meaning: torch's products run, kernels do not
+            compile_together(lambda: self._layer(h, h, 0, step), x.device)
             self.compiled = True
         for layer in range(len(self.blocks)):
             self._layer(h, x, layer, step)

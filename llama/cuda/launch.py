@@ -7,12 +7,12 @@ of every kernel must call `wait`, also one that has nothing to do, since that is
 promise hold along a chain of kernels. `allow` lets the successor begin.
 
 Nobody should wait for a compiler: what a step or a prompt launches is compiled in one go before the
-first one, by as many threads as there are processors (`compiled_together`).
+first one, by as many threads as there are processors (`compile_together`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextvars import copy_context
 from functools import cache
 from typing import Any
 
@@ -27,29 +27,34 @@ INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter, on C
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:  # noqa: ANN401
-    """`kernel[grid]`, to be called with the arguments; see `compiled_together`."""
+    """`kernel[grid]`, to be called with the arguments; see `compile_together`."""
     if _gathered is None:
         return kernel[grid]  # type: ignore[no-any-return]
     gathered = _gathered
     return lambda *args, **options: gathered.append(kernel.warmup(*args, grid=grid, **options))
 
 
-@contextmanager
-def compiled_together(device: torch.device) -> Iterator[None]:
-    """What is launched in here does not run: it is compiled and loaded, all at one time."""
+def compile_together(function: Callable[[], object], device: torch.device) -> None:
+    """Call `function`; what it launches does not run, but is compiled and loaded, all at one time.
+
+    In a context of its own, since Triton's mode outlives an exception there, Ctrl-C for one.
+    """
+    copy_context().run(_compile_together, function, index_of(device))
+
+
+def _compile_together(function: Callable[[], object], device: int) -> None:
     global _gathered
     gathered: list[Any] = []
-    index = index_of(device)
     with ThreadPoolExecutor() as threads:
         with triton.AsyncCompileMode(threads):
             _gathered = gathered
             try:
-                yield
+                function()
             finally:
                 _gathered = None
 
         def load(kernel: Any) -> None:  # noqa: ANN401
-            torch.cuda.set_device(index)
+            torch.cuda.set_device(device)
             kernel = kernel.result() if hasattr(kernel, "result") else kernel
             kernel.run  # noqa: B018  (compiles what launches it, in C)
 

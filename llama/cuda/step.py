@@ -29,7 +29,7 @@ from triton.language.extra import libdevice
 from llama.cache import KVCache
 from llama.cuda.attention import DecodeAttention
 from llama.cuda.forward import Block, FlatForward
-from llama.cuda.launch import INTERPRETED, allow, compiled_together, launch, overlap, wait
+from llama.cuda.launch import INTERPRETED, allow, compile_together, launch, overlap, wait
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.sampling import Sampler
@@ -321,8 +321,7 @@ class CapturedStep:
         kept = self.state.clone()
         self.slots[: key.rows] = -1
         self.lengths[: key.rows] = 0
-        with compiled_together(self.device):
-            self._step(key)
+        compile_together(lambda: self._step(key), self.device)
         self._step(key)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
