@@ -233,7 +233,6 @@ class CapturedStep:
         heat = [r.params.temperature and max(r.params.temperature, SMALLEST_NORMAL) for r in rows]
         heat += [0.0] * (self.rows - len(rows))
         self._send(self.sampler.temperature[: self.rows], torch.tensor(heat))
-        self.greedy = not any(heat)
         self.top = None
         if not all(row.lean for row in rows):
             wanted = max(row.params.logprobs or 0 for row in rows)
@@ -242,12 +241,12 @@ class CapturedStep:
             if self.shifts.reserve(self.top):  # graphs know the place of the one before
                 self.graphs = {key: graph for key, graph in self.graphs.items() if key.top is None}
             self.shifts.load([(r.params, r.seed, r.generated) for r in rows], self.rows)
+        self.greedy = self.top is None and not any(heat)
 
     def launch(self) -> None:
         """Run one step; it is in flight until it is read."""
         assert len(self.flight) < FLIGHTS, len(self.flight)
-        greedy = self.greedy and self.top is None
-        key = Key(self.rows, self.top, self.keys > LONG, self.masked, greedy)
+        key = Key(self.rows, self.top, self.keys > LONG, self.masked, self.greedy)
         self.keys += 1
         if self.device.type != "cuda":
             self._step(key)
