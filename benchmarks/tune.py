@@ -50,20 +50,22 @@ def product_of(weight: Weight) -> Product:
     return (*weight.shape, kind_of(weight))
 
 
-def product_candidates(weight: Weight, rows: int, products: Products) -> list[Blocks]:
-    """Of the kernel that such a product has."""
+def product_candidates(weight: Weight, rows: int, products: Products, whole: bool) -> list[Blocks]:
+    """Of the kernel that such a product has. `whole`: it can't be left in parts."""
     now = products.blocks(rows, weight)
     outputs, inputs = weight.shape
     if isinstance(now, tuning.Stream):
         return stream_candidates(weight, products)
     padded = now.padded
     if isinstance(now, tuning.Wide):
-        tiles = [(64, 128, 4), (128, 128, 8), (64, 64, 4), (128, 64, 8)]
-        found: list[Blocks] = [
-            tuning.Wide(padded, n, k, split, stages, warps)
-            for (n, k, warps), split, stages in itertools.product(tiles, (1, 2, 4, 8), (2, 3, 4, 6))
-            if stages * (n + 2 * padded) * k < 220_000
-        ]
+        found: list[Blocks] = []
+        tiles = itertools.product((64, 128), (64, 128), (1,) if whole else (1, 2, 4, 8), (1, 2))
+        for n, k, split, programs in tiles:
+            turn = 2 * n * k * source(weight).weight.shape[1] // inputs + 2 * padded * k
+            stages = min(12, 205_000 // programs // turn)
+            blocks = tuning.Wide(padded, n, k, split, stages, programs)
+            if stages > 2 and inputs % (k * split) == 0 and (programs == 1 or padded <= 32):
+                found.append(blocks)
     else:
         tiles = [(64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 64, 8), (128, 128, 8)]
         found = [
@@ -77,9 +79,11 @@ def product_candidates(weight: Weight, rows: int, products: Products) -> list[Bl
 def worth(blocks: tuning.Wide | tuning.SomeRows, outputs: int, inputs: int) -> bool:
     """Whether there are programs for nearly every multiprocessor, but not, by being split, many
     more, and enough inputs for each."""
-    programs = -(-outputs // blocks.block_n) * blocks.split
-    enough = programs <= 1200 and inputs >= 4 * blocks.block_k * blocks.split
-    return programs >= 100 and (blocks.split == 1 or enough)
+    tile = blocks.block_n * (2 if isinstance(blocks, tuning.Wide) else 1)
+    programs = -(-outputs // tile) * blocks.split
+    most, least = (270, 40) if isinstance(blocks, tuning.Wide) else (1200, 100)
+    enough = programs <= most and inputs >= 4 * blocks.block_k * blocks.split
+    return programs >= least and (blocks.split == 1 or enough)
 
 
 def stream_candidates(weight: Weight, products: Products) -> list[Blocks]:
@@ -217,7 +221,8 @@ def tune(
     for name, weight in tried.weights.items():
         if name in only:
             title, product = f"{name} {kind_of(weight)}".rstrip(), product_of(weight)
-            some = product_candidates(weight, rows, tried.step.products)
+            whole = name in ("w13", "output")
+            some = product_candidates(weight, rows, tried.step.products, whole)
             tried.sweep(title, product, some, contexts[0], best)
     for context in contexts:
         table_of_attention(context)

@@ -93,6 +93,28 @@ def test_rotate_and_store(dtype, heads, kv_heads, size):
     assert q.data_ptr() == qkv.data_ptr()
 
 
+def test_what_is_left_in_parts_is_added_up():
+    heads, kv_heads, size, rows = 4, 2, 16, 3
+    parts = normal(2, rows, (heads + 2 * kv_heads) * size)
+    whole = parts[0] + parts[1]
+    cos, sin = normal(rows, size // 2, seed=2), normal(rows, size // 2, seed=3)
+    places = torch.tensor([5, -1, 0], device=DEVICE)
+    results = []
+    for qkv in (parts, whole):
+        out = torch.full((rows, heads, size), torch.nan, device=DEVICE)
+        k, v = (torch.zeros(3, 4, kv_heads, size, device=DEVICE) for _ in range(2))
+        rotate_and_store(qkv, cos, sin, places, k, v, heads, kv_heads, out)
+        results.append((out, k, v))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+    x, weight, left = normal(rows, 96, dtype=HALF), normal(96, dtype=HALF), normal(2, rows, 96)
+    sums = x.float() + left[0] + left[1]
+    normed = rms_norm(x, weight, 1e-5, torch.empty_like(x), parts=left)
+    close(x, sums, HALF)
+    assert torch.equal(normed, rms_norm(x, weight, 1e-5))
+
+
 # ---- attention
 
 
@@ -323,18 +345,19 @@ for dtype in ("bf16", "fp32"):
         dict(G=4, K=8, E=128, BLOCK_M=cut.rows, BLOCK_N=cut.keys, WIDE=False, OVERLAP=True),
         num_warps=cut.warps, num_stages=cut.stages,
     )
-    for arranged in (False, True):
+    for parts in (0, 4):
         build(
-            rows._rms_norm, dict(x=x, weight=x, out=x),
-            dict(x_row="i32", out_row="i32", eps="fp32"),
-            dict(D=4096, BLOCK=4096, ARRANGED=arranged, OVERLAP=True),
+            rows._rms_norm, dict(x=x, weight=x, out=x, parts="*fp32"),
+            dict(x_row="i32", out_row="i32", part="i32", eps="fp32"),
+            dict(D=4096, BLOCK=4096, PARTS=parts, ARRANGED=parts > 0, OVERLAP=True),
         )
-    build(
-        rows._rotate_and_store,
-        dict(qkv=x, cos="*fp32", sin="*fp32", places="*i64", k_cache=x, v_cache=x, out=x),
-        dict(qkv_row="i32", out_row="i32"),
-        dict(H=32, K=8, E=128, H_BLOCK=32, K_BLOCK=8, OVERLAP=True),
-    )
+        build(
+            rows._rotate_and_store,
+            dict(qkv="*fp32" if parts else x, cos="*fp32", sin="*fp32", places="*i64", k_cache=x,
+                 v_cache=x, out=x),
+            dict(qkv_row="i32", out_row="i32", part="i32"),
+            dict(PARTS=max(1, parts), H=32, K=8, E=128, H_BLOCK=32, K_BLOCK=8, OVERLAP=True),
+        )
     build(
         rows._silu_multiply, dict(joined=x, out=x), dict(joined_row="i32", out_row="i32"),
         dict(F=14336, BLOCK=2048, OVERLAP=True),

@@ -255,7 +255,10 @@ for rows in (1, 8, 128):
         products(new(rows, 1024), w, new(rows, 512), GATE, norm=norm, arranged=arranged)
         if rows == 8:
             x = new(rows, 1024)
-            products(x, w, new(rows, 4, 128), ROTATE, rotation=rotation, arranged=arranged)
+            if arranged:
+                products.parts(x, w)
+            else:
+                products(x, w, new(rows, 4, 128), ROTATE, rotation=rotation)
     attend = DecodeAttention(rows, 4, 2, 128, device)
     attend(new(rows, 4, 128), cache, cache, where, where, new(rows, 4, 128), arranged=rows > 1)
 products.capability = (8, 0)  # but with the instructions of 9.0: the ring without the copy engine

@@ -44,18 +44,23 @@ def weight_of(outputs, inputs, format, seed=1):
     return made, made.unpack(torch.float32).double()
 
 
-def epilogues(multiply, x, weight, product, shuffled=lambda y: y, **options):  # noqa: F811
-    """Stored, added and gated products are what they should be."""
+def stored_and_gated(multiply, x, weight, product, shuffled=lambda y: y, **options):  # noqa: F811
+    """Products are what they should be."""
     rows, outputs = product.shape
     out = torch.full((rows, outputs), NAN, device=DEVICE)
     close(multiply(x, weight, out, STORE, **options), product, DTYPE)
-    residual = randn(rows, outputs, dtype=DTYPE, seed=2)
-    expected = residual.double() + product
-    close(multiply(x, weight, residual, ADD, **options), expected, DTYPE)
     gated = torch.full((rows, outputs // 2), NAN, device=DEVICE, dtype=DTYPE)
     gate, up = product.chunk(2, 1)
     multiply(x, weight, gated, GATE, **options)
     close(gated, shuffled(F.silu(gate) * up), DTYPE)
+
+
+def epilogues(multiply, x, weight, product, **options):  # noqa: F811
+    """The same, and added ones."""
+    stored_and_gated(multiply, x, weight, product, **options)
+    residual = randn(*product.shape, dtype=DTYPE, seed=2)
+    expected = residual.double() + product
+    close(multiply(x, weight, residual, ADD, **options), expected, DTYPE)
 
 
 @pytest.mark.parametrize("blocks", RINGS, ids=str)
@@ -104,8 +109,8 @@ def test_a_row_of_zeros_gives_zeros(multiply, format):  # noqa: F811
 
 
 WIDE = [
-    (5, Wide(8, 64, 128, 4, 4, 4)), (16, Wide(16, 64, 128, 1, 3, 4)),
-    (33, Wide(64, 128, 128, 1, 3, 8)), (70, Wide(128, 64, 64, 2, 4, 4)),
+    (5, Wide(8, 64, 128, 3, 4, 2)), (16, Wide(16, 64, 128, 1, 2)), (33, Wide(64, 128, 128, 1, 3)),
+    (70, Wide(128, 64, 64, 2, 4)), (128, Wide(128, 128, 64, 6, 3)),
 ]  # fmt: skip
 
 
@@ -113,19 +118,22 @@ WIDE = [
 @pytest.mark.parametrize(("rows", "blocks"), WIDE, ids=str)
 @pytest.mark.parametrize("format", [*FORMATS[1:3], FORMATS[4]], ids=str)
 def test_arranged_rows(multiply, format, rows, blocks):  # noqa: F811
-    weight, numbers = weight_of(256, 384, format)
+    """Of 384 outputs pairs of tiles, of 272 tiles are not whole."""
     x = randn(rows, 384, dtype=DTYPE)
+    weight, numbers = weight_of(384, 384, format)
     product = x.double() @ numbers.T
-    epilogues(multiply, arranged(x), weight, product, arranged, blocks=blocks)
+    stored_and_gated(multiply, arranged(x), weight, product, arranged, blocks=blocks)
+    weight, numbers = weight_of(272, 384, format)
+    parts = Products(DEVICE, DTYPE).parts(arranged(x), weight, blocks)
+    assert parts.shape == (blocks.split, rows, 272)
+    each = 384 // blocks.split
+    for part, a, b in zip(parts, x.split(each, 1), numbers.split(each, 1), strict=True):
+        close(part, a.double() @ b.T, DTYPE)
 
 
-KERNELS = [(1, RINGS[0]), *([(5, WIDE[0][1])] if HOPPER else [])]
-
-
-@pytest.mark.parametrize(("rows", "blocks"), KERNELS, ids=str)
 @pytest.mark.parametrize("format", [Format("int8"), Format("int4", 64)], ids=str)
-def test_queries_and_keys_are_rotated_and_stored(multiply, rows, blocks, format):  # noqa: F811
-    heads, kv, size, slots, longest = 4, 2, 8, 6, 5
+def test_queries_and_keys_are_rotated_and_stored(multiply, format):  # noqa: F811
+    rows, heads, kv, size, slots, longest = 1, 4, 2, 8, 6, 5
     weight, numbers = weight_of(64, 768, format)
     x = randn(rows, 768, dtype=DTYPE)
     cos, sin = randn(rows, size // 2, seed=2), randn(rows, size // 2, seed=3)
@@ -134,8 +142,7 @@ def test_queries_and_keys_are_rotated_and_stored(multiply, rows, blocks, format)
     k, v = (torch.zeros(slots, longest, kv, size, device=DEVICE) for _ in range(2))
     q = torch.full((rows, heads, size), NAN, device=DEVICE)
     where = Rotation(cos, sin, slot, position, k, v)
-    given = x if rows == 1 else arranged(x)
-    multiply(given, weight, q, ROTATE, rotation=where, blocks=blocks)
+    multiply(x, weight, q, ROTATE, rotation=where, blocks=RINGS[0])
     y = (x.double() @ numbers.T).view(rows, heads + 2 * kv, size)
     close(q, rotated(y[:, :heads], cos, sin), DTYPE)
     expected_k, expected_v = torch.zeros_like(k), torch.zeros_like(v)
@@ -214,11 +221,13 @@ def test_tables_have_blocks_for_every_released_shape(shape, kind):
         if not kind:
             continue
         for rows in (2, 8, 16, 32, 64, 128):
-            blocks = wide_blocks(rows, outputs, inputs, kind)
+            blocks = wide_blocks(rows, outputs, inputs, kind, 132)
             assert blocks.padded >= rows
-            assert inputs // blocks.block_k >= blocks.split
-            stage = (blocks.block_n + 2 * blocks.padded) * blocks.block_k
-            assert blocks.stages * stage + blocks.block_n * 64 <= 227 * 1024
+            assert inputs % (blocks.block_k * blocks.split) == 0
+            weights = 2 * blocks.block_n * blocks.block_k // (2 if kind == "int4" else 1)
+            ring = blocks.stages * (weights + 2 * blocks.padded * blocks.block_k)
+            assert blocks.stages >= 3
+            assert blocks.programs * (ring + 3072) <= 227 * 1024
             assert some_rows_blocks(rows, outputs, inputs, kind).padded >= rows
 
 

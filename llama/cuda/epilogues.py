@@ -49,7 +49,7 @@ def arranged_place(c):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
 
 
 @triton.jit
-def _pairs(x, BLOCK_N: tl.constexpr, RP: tl.constexpr, HALVES: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+def pairs(x, BLOCK_N: tl.constexpr, RP: tl.constexpr, HALVES: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
     """Even and odd outputs of a tile, or its halves, (BLOCK_N / 2, RP) each."""
     if HALVES:
         pairs = tl.permute(tl.reshape(x, (2, BLOCK_N // 2, RP)), (1, 2, 0))
@@ -65,7 +65,7 @@ def numbered(  # type: ignore[no-untyped-def]  # noqa: ANN201
 ):  # fmt: skip
     """n and r of `finish`, of a tile in which a number that is output i of row r says i RP + r."""
     if EPILOGUE == GATE or EPILOGUE == ROTATE:  # noqa: SIM109 (Triton)
-        cell, _ = _pairs(cell, BLOCK_N, RP, HALVES)
+        cell, _ = pairs(cell, BLOCK_N, RP, HALVES)
         n = first // 2 + cell // ((1 if HALVES else 2) * RP)
     else:
         n = first + cell // RP
@@ -73,30 +73,40 @@ def numbered(  # type: ignore[no-untyped-def]  # noqa: ANN201
 
 
 @triton.jit
+def store(y, n, r, rows, n_outputs, out, ADDED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
+    """Outputs n of rows r, to (R, N); ADDED to what is there."""
+    at = out + r.to(tl.int64) * n_outputs + n
+    there = (n < n_outputs) & (r < rows)
+    if ADDED:
+        y += tl.load(at, mask=there, other=0.0).to(tl.float32)
+    tl.store(at, y.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def gate(a, b, n, r, rows, n_outputs, out, ARRANGED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
+    """silu(a) * b of pairs n of rows r, to (R, N / 2); ARRANGED: where `arranged_place` says."""
+    gated = a / (1.0 + tl.exp(-a)) * b
+    place = arranged_place(n) if ARRANGED else n
+    at = out + r.to(tl.int64) * (n_outputs // 2) + place
+    tl.store(at, gated.to(out.dtype.element_ty), mask=(n < n_outputs // 2) & (r < rows))
+
+
+@triton.jit
 def finish(  # type: ignore[no-untyped-def]  # noqa: ANN201
     y, n, r, rows, n_outputs, out, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
     EPILOGUE: tl.constexpr, BLOCK_N: tl.constexpr, RP: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, E: tl.constexpr, HALVES: tl.constexpr = False,
-    ARRANGED: tl.constexpr = False,
 ):  # fmt: skip
     """What becomes of a tile y (BLOCK_N, RP) of outputs n of rows r, where GATE and ROTATE take
-    pairs: of pairs n. HALVES: the pairs are its upper and its lower half. ARRANGED: gated numbers
-    are put where `arranged_place` says."""
+    pairs: of pairs n. HALVES: the pairs are its upper and its lower half."""
     if EPILOGUE == STORE or EPILOGUE == ADD:  # noqa: SIM109 (Triton)
-        at = out + r.to(tl.int64) * n_outputs + n
-        there = (n < n_outputs) & (r < rows)
-        if EPILOGUE == ADD:
-            y += tl.load(at, mask=there, other=0.0).to(tl.float32)
-        tl.store(at, y.to(out.dtype.element_ty), mask=there)
+        store(y, n, r, rows, n_outputs, out, EPILOGUE == ADD)
     else:
-        a, b = _pairs(y, BLOCK_N, RP, HALVES)
-        there = (n < n_outputs // 2) & (r < rows)
+        a, b = pairs(y, BLOCK_N, RP, HALVES)
         if EPILOGUE == GATE:
-            gated = a / (1.0 + tl.exp(-a)) * b
-            place = arranged_place(n) if ARRANGED else n
-            at = out + r.to(tl.int64) * (n_outputs // 2) + place
-            tl.store(at, gated.to(out.dtype.element_ty), mask=there)
+            gate(a, b, n, r, rows, n_outputs, out, False)
         else:
+            there = (n < n_outputs // 2) & (r < rows)
             turned = there & (n < (HEADS + KV_HEADS) * (E // 2))
             angle = r * (E // 2) + n % (E // 2)
             c = tl.load(cos + angle, mask=turned, other=1.0)

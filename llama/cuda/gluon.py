@@ -1,9 +1,9 @@
 """Gluon, Triton's language in which a kernel says where each number lies. In Triton's interpreter,
 which does not know it, the same names stand for what they mean where nothing lies anywhere.
 
-Knows no kernel. The surprising thing: in the interpreter shared memory is a Python object, and a
-copy to it is done when it is begun; so the interpreter shows what a kernel computes, and not
-whether it waits.
+Knows no kernel. The surprising thing: in the interpreter shared memory is a Python object, a copy
+to it is done when it is begun, and warps that work together work one after the other; so the
+interpreter shows what a kernel computes, and not whether it waits.
 """
 
 # ruff: noqa: ANN001, ANN002, ANN003, ANN201, ANN202, ANN204, ANN205, ANN401 (nor have kernels types)
@@ -95,13 +95,34 @@ class _Gluon:
 
 
 if INTERPRETED:
-    jit, constexpr_function = triton.jit, lambda function: function
-    gl: Any = _Gluon()
+    from triton.tools import tensor_descriptor as host
+
+    jit, gl = triton.jit, _Gluon()
+
+    def constexpr_function(function):
+        return lambda *args: function(*(getattr(arg, "value", arg) for arg in args))
+
     copy_numbers = _copied
     barrier = commit_group = wait_group = fence_async_shared = _nothing
-    mbarrier: Any = None  # the interpreter has no copy engine
-    copy_tile: Any = None
-    TensorDescriptor: Any = None
+
+    class _Barriers:
+        MBarrierLayout = init = expect = arrive = wait = staticmethod(_nothing)
+
+    class _Described:
+        @staticmethod
+        def from_tensor(tensor, block, layout):
+            return host.TensorDescriptor.from_tensor(tensor, block)
+
+    mbarrier: Any = _Barriers
+    TensorDescriptor: Any = _Described
+
+    def copy_tile(described, at, ready, memory, there):
+        if there:
+            memory.store(described.load(at))
+
+    def work_together(functions, warps, registers):
+        for function, given in functions:
+            function(*given)
 
     def as_rows(memory, shape, layout):
         return _Rows(tl.reshape(memory.load(), shape))
@@ -109,8 +130,14 @@ if INTERPRETED:
     def mma_v2(a, b, sums):
         return tl.dot(a, b, sums, input_precision="ieee")
 
-    def warpgroup_mma(a, b, sums):
+    def warpgroup_mma(a, b, sums, use_acc=True, is_async=False):
         return mma_v2(a, b.load(), sums)
+
+    def warpgroup_mma_init(sums):
+        return sums
+
+    def warpgroup_mma_wait(count, deps):
+        return deps[0]
 else:
     from triton.experimental import gluon
     from triton.experimental.gluon import language
@@ -118,9 +145,11 @@ else:
     from triton.experimental.gluon.nvidia import hopper as host
 
     gl, jit, constexpr_function = language, gluon.jit, gluon.constexpr_function
+    work_together = gl.warp_specialize
     async_copy, mma_v2 = ampere.async_copy, ampere.mma_v2
     commit_group, wait_group = async_copy.commit_group, async_copy.wait_group
     mbarrier, tma, warpgroup_mma = hopper.mbarrier, hopper.tma, hopper.warpgroup_mma
+    warpgroup_mma_init, warpgroup_mma_wait = hopper.warpgroup_mma_init, hopper.warpgroup_mma_wait
     fence_async_shared, TensorDescriptor = hopper.fence_async_shared, host.TensorDescriptor
 
     def _named(module, *names):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama.checkpoint.packed import Packed
 from llama.cuda.epilogues import ADD, GATE, ROTATE, STORE, Rotation
+from llama.cuda.gluon import TensorDescriptor
 from llama.cuda.launch import INTERPRETED, capability, launch, multiprocessors_and_memory, overlap
 from llama.cuda.stream import described, shared_memory, stream, turn_of
 from llama.cuda.tiles import some_rows
@@ -28,7 +29,7 @@ from llama.cuda.tuning import (
     wide_blocks,
 )
 from llama.cuda.weights import INT4, Source, Weight, kind_of, source
-from llama.cuda.wide import wide
+from llama.cuda.wide import WARPS, rows_memory, wide
 
 __all__ = ["ADD", "GATE", "ROTATE", "STORE", "Products", "Rotation"]
 
@@ -65,7 +66,7 @@ class Products:
         """What a product gets; of which kernel these are says which kernel it is."""
         (outputs, inputs), kind = weight.shape, kind_of(weight)
         if arranged:
-            return wide_blocks(rows, outputs, inputs, kind)
+            return wide_blocks(rows, outputs, inputs, kind, self.multiprocessors)
         if rows == 1 and inputs >= LEAST and self._can_stream(weight):
             return self._fitting(weight, stream_blocks(outputs, inputs, kind, self.multiprocessors))
         return some_rows_blocks(rows, outputs, inputs, kind)
@@ -117,11 +118,16 @@ class Products:
         H, E) are the rotated queries, and `rotation` says where keys and values go. `norm` (weight,
         eps) is that of x, for products of which `norms` says so. `arranged`: the numbers of x, and
         of a gated `out`, lie as epilogues.arranged_place says, for a weight of which `arranges`
-        says so. Packed weights are read as they are. `blocks` overrules the tables of tuning.py.
+        says so; STORE and GATE only, see `parts`. Packed weights are read as they are. `blocks`
+        overrules the tables of tuning.py.
         """
         rows, inputs = x.shape
         outputs = weight.shape[0]
         blocks = blocks or self.blocks(rows, weight, arranged)
+        if isinstance(blocks, Wide):
+            assert epilogue in (STORE, GATE), epilogue
+            self._wide(x, weight, out, epilogue, blocks._replace(split=1))
+            return out
         assert norm is None or (isinstance(blocks, Stream) and blocks.split == 1), blocks
         heads, kv_heads, size, longest = 0, 0, 2, 0
         where = (x,) * 6
@@ -137,17 +143,38 @@ class Products:
                      KIND=read.kind, num_warps=blocks.warps, **self.extra)  # fmt: skip
         if isinstance(blocks, Stream):
             self._stream(x, read, norm, outputs, blocks, to, shape)
-        elif isinstance(blocks, Wide):
-            launch(wide, (tiles, blocks.split))(
-                x, _bytes(read.weight), read.scale, rows, outputs, *to, RP=blocks.padded,
-                BLOCK_K=blocks.block_k, W=blocks.warps, **shape,
-            )  # fmt: skip
         else:
             launch(some_rows, (tiles, blocks.split))(
                 x, read.weight, read.scale, rows, outputs, *to, RP=blocks.padded,
                 BLOCK_K=blocks.block_k, GROUP=read.group, **shape,
             )  # fmt: skip
         return out
+
+    def parts(self, x: Tensor, weight: Weight, blocks: Wide | None = None) -> Tensor:
+        """x (R, K), arranged, times weight (N, K) of which `arranges` says so: (S, R, N) float32,
+        which whoever reads them adds up. They are scratch, up to the next product."""
+        rows, outputs = len(x), weight.shape[0]
+        chosen = blocks or self.blocks(rows, weight, True)
+        assert isinstance(chosen, Wide), chosen
+        self.reserve(outputs, chosen)
+        out = self.partial[: chosen.split * rows * outputs].view(chosen.split, rows, outputs)
+        self._wide(x, weight, out, STORE, chosen)
+        return out
+
+    def _wide(
+        self, x: Tensor, weight: Weight, out: Tensor, epilogue: tl.constexpr, blocks: Wide
+    ) -> None:
+        read, (outputs, inputs) = source(weight), weight.shape
+        assert inputs % (blocks.block_k * blocks.split) == 0, (inputs, blocks)
+        halves, n, k = 2 if epilogue is GATE else 1, blocks.block_n, blocks.block_k
+        columns, two = k // 2 if read.kind == INT4 else k, blocks.programs == 2
+        launch(wide, (-(-outputs // (2 * n)), blocks.split))(
+            TensorDescriptor.from_tensor(x, [blocks.padded, k], rows_memory()),
+            described(_bytes(read.weight), halves, n, columns), read.scale, len(x), outputs, out,
+            K=inputs, RP=blocks.padded, BLOCK_N=n, BLOCK_K=k, SPLIT=blocks.split,
+            STAGES=blocks.stages, KIND=read.kind, EPILOGUE=epilogue, num_warps=WARPS.value,
+            REGISTERS=104 if two else 232, maxnreg=80 if two else None, **self.extra,
+        )  # fmt: skip
 
     def _stream(
         self,
@@ -178,10 +205,12 @@ class Products:
         )  # fmt: skip
 
     def reserve(self, outputs: int, blocks: Blocks) -> int:
-        """Have scratch for such a product; the tiles that it has. A captured product keeps the
-        addresses it was given, so what is captured must be reserved before."""
+        """Have scratch for such a product, one in `parts` if it is wide.py's; the tiles that it
+        has. A captured product keeps the addresses it was given, so what is captured must be
+        reserved before."""
         tiles = -(-outputs // blocks.block_n)
-        numbers = tiles * blocks.split * blocks.block_n * blocks.padded if blocks.split > 1 else 0
+        shared = blocks.split > 1 or isinstance(blocks, Wide)
+        numbers = tiles * blocks.split * blocks.block_n * blocks.padded if shared else 0
         if self.partial.numel() < numbers:
             self.partial = self.partial.new_empty(numbers)
         if self.arrived.numel() < tiles:

@@ -23,15 +23,27 @@ GATE_BLOCK = 2048  # columns of a row that one program gates
 
 
 @triton.jit
+def _added(at, live, part, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is at `at` and, in float32, the parts behind it, `part` numbers from each other."""
+    values = tl.load(at, mask=live, other=0).to(tl.float32)
+    for i in tl.static_range(1, PARTS):
+        values += tl.load(at + i * part, mask=live, other=0)
+    return values
+
+
+@triton.jit
 def _rms_norm(  # type: ignore[no-untyped-def]
     x,
     weight,
     out,
+    parts,
     x_row,
     out_row,
+    part,
     eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     ARRANGED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -42,6 +54,11 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     values = tl.load(x + row * x_row + columns, mask=live, other=0).to(tl.float32)
+    if PARTS:
+        values += _added(parts + row * D + columns, live, part, PARTS)
+        rounded = values.to(x.dtype.element_ty)
+        tl.store(x + row * x_row + columns, rounded, mask=live)
+        values = rounded.to(tl.float32)
     root = tl.rsqrt(tl.sum(values * values) / D + eps)
     places = arranged_place(columns) if ARRANGED else columns
     tl.store(
@@ -52,20 +69,27 @@ def _rms_norm(  # type: ignore[no-untyped-def]
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, arranged: bool = False
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+    *,
+    parts: Tensor | None = None,
+    arranged: bool = False,
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight of each row: (N, D) -> (N, D) in x's dtype.
 
-    `out` may be x. `arranged`: its numbers lie as epilogues.arranged_place says; D is a multiple of
-    64 then.
+    `parts` (S, N, D) float32 are added to x before, in place. `out` may be x where there are none.
+    `arranged`: its numbers lie as epilogues.arranged_place says; D is a multiple of 64 then.
     """
     rows, dim = x.shape
     out = torch.empty_like(x) if out is None else out
     assert x.stride(1) == out.stride(1) == weight.stride(0) == 1, (x.stride(), out.stride())
-    block = triton.next_power_of_2(dim)
+    block, count = triton.next_power_of_2(dim), 0 if parts is None else len(parts)
+    added = x if parts is None else parts
     launch(_rms_norm, (rows,))(
-        x, weight, out, x.stride(0), out.stride(0), eps,
-        D=dim, BLOCK=block, ARRANGED=arranged, num_warps=_warps(block), **overlap(x.device),
+        x, weight, out, added, x.stride(0), out.stride(0), added.stride(0), eps, D=dim, BLOCK=block,
+        PARTS=count, ARRANGED=arranged, num_warps=_warps(block, 1 + count), **overlap(x.device),
     )  # fmt: skip
     return out
 
@@ -75,6 +99,8 @@ def _turned(  # type: ignore[no-untyped-def]
     x,
     cos,
     sin,
+    part,
+    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     E: tl.constexpr,
@@ -82,7 +108,7 @@ def _turned(  # type: ignore[no-untyped-def]
     """The heads (BLOCK, E) at x, each pair (2i, 2i+1) turned by the angle of (1, E/2) i."""
     heads = tl.arange(0, BLOCK)[:, None]
     at = heads * E + tl.arange(0, E)[None, :]
-    values = tl.load(x + at, mask=heads < HEADS, other=0).to(tl.float32)
+    values = _added(x + at, heads < HEADS, part, PARTS)
     even, odd = tl.split(tl.reshape(values, (BLOCK, E // 2, 2)))
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
     return tl.reshape(turned, (BLOCK, E))
@@ -99,6 +125,8 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     out,
     qkv_row,
     out_row,
+    part,
+    PARTS: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -115,15 +143,15 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     x = qkv + row * qkv_row
     columns = tl.arange(0, E)[None, :]
     heads = tl.arange(0, H_BLOCK)[:, None]
-    queries = _turned(x, c, s, H, H_BLOCK, E).to(out.dtype.element_ty)
+    queries = _turned(x, c, s, part, PARTS, H, H_BLOCK, E).to(out.dtype.element_ty)
     tl.store(out + row * out_row + heads * E + columns, queries, mask=heads < H)
     place = tl.load(places + row)
     kv_heads = tl.arange(0, K_BLOCK)[:, None]
     live = kv_heads < tl.where(place >= 0, K, 0)
     at = kv_heads * E + columns
-    keys = _turned(x + H * E, c, s, K, K_BLOCK, E).to(k_cache.dtype.element_ty)
+    keys = _turned(x + H * E, c, s, part, PARTS, K, K_BLOCK, E).to(k_cache.dtype.element_ty)
     tl.store(k_cache + place * (K * E) + at, keys, mask=live)
-    values = tl.load(x + (H + K) * E + at, mask=live, other=0)
+    values = _added(x + (H + K) * E + at, live, part, PARTS).to(v_cache.dtype.element_ty)
     tl.store(v_cache + place * (K * E) + at, values, mask=live)
 
 
@@ -138,25 +166,30 @@ def rotate_and_store(
     kv_heads: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Rotated queries (N, H, E) of the joined product `qkv` (N, (H + 2K) * E), whose keys, rotated,
-    and values are stored in the cache of one layer, `k_layer` and `v_layer` (..., K, E).
+    """Rotated queries (N, H, E) of the joined product `qkv` (N, (H + 2K) * E), or of parts of it
+    that are still to be added, (S, N, (H + 2K) * E). Their keys, rotated, and values are stored in
+    the cache of one layer, `k_layer` and `v_layer` (..., K, E).
 
     cos and sin (N, E/2) are float32; `places` (N,) int64 are those of KVCache.places, where -1
-    stores nothing. Without `out` the queries stay where they are, and a view of `qkv` comes back.
+    stores nothing. Without `out` the queries stay where they are, and a view of `qkv`, not parts,
+    comes back.
     """
-    rows, head_dim = len(qkv), k_layer.shape[-1]
-    assert qkv.shape == (rows, (heads + 2 * kv_heads) * head_dim), qkv.shape
-    assert qkv.stride(1) == 1, qkv.stride()
+    parts = qkv if qkv.dim() == 3 else qkv[None]
+    (_, rows, width), head_dim = parts.shape, k_layer.shape[-1]
+    assert width == (heads + 2 * kv_heads) * head_dim, qkv.shape
+    assert parts.stride(2) == 1, qkv.stride()
     for tensor in (cos, sin, places, k_layer, v_layer):
         assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
     if out is None:
+        assert qkv.dim() == 2, qkv.shape
         out = qkv[:, : heads * head_dim].view(rows, heads, head_dim)
     assert out.stride()[1:] == (head_dim, 1), out.stride()
     block = triton.next_power_of_2(heads)
     launch(_rotate_and_store, (rows,))(
-        qkv, cos, sin, places, k_layer, v_layer, out, qkv.stride(0), out.stride(0),
-        H=heads, K=kv_heads, E=head_dim, H_BLOCK=block, K_BLOCK=triton.next_power_of_2(kv_heads),
-        num_warps=_warps(block * head_dim), **overlap(qkv.device),
+        qkv, cos, sin, places, k_layer, v_layer, out, parts.stride(1), out.stride(0),
+        parts.stride(0), PARTS=len(parts), H=heads, K=kv_heads, E=head_dim, H_BLOCK=block,
+        K_BLOCK=triton.next_power_of_2(kv_heads),
+        num_warps=_warps(block * head_dim, len(parts)), **overlap(qkv.device),
     )  # fmt: skip
     return out
 
@@ -197,6 +230,7 @@ def silu_multiply(joined: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def _warps(block: int) -> int:
-    """Warps for a program of `block` numbers: about 32 of them a thread."""
-    return min(16, max(1, block // 1024))
+def _warps(block: int, parts: int = 1) -> int:
+    """Warps for a program of `block` numbers: about 32 of them a thread, or 8 where each is added
+    up from several that are far away."""
+    return min(16, max(1, block // (256 if parts > 1 else 1024)))

@@ -17,7 +17,6 @@ vocabulary, S stop ids of a row.
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -202,6 +201,7 @@ class CapturedStep:
         self.overlap = overlap(device)
         self.graphs: dict[Key, torch.cuda.CUDAGraph] = {}
         self.masked = self.greedy = False
+        self.left: Tensor | None = None  # what is to be added to the states, (S, R, D)
         self.rows = 0
         self.keys = 0  # of the longest row in the next step
         self.top: int | None = None  # alternatives of a full step; None: a lean one
@@ -298,13 +298,14 @@ class CapturedStep:
 
     def _reserve(self) -> None:
         """Scratch for the products of every row count, before any is captured."""
-        every = [self.forward.output]
-        every += [weight for block in self.forward.blocks for weight in block.products()]
-        kinds = {(*w.shape, kind_of(w), self.products.arranges(w)): w for w in every}
-        for weight in kinds.values():
+        every = [(self.forward.output, False)]  # and whether it is left in parts
+        for block in self.forward.blocks:
+            every += zip(block.products(), (True, True, False, True), strict=True)
+        kinds = {(*w.shape, kind_of(w), self.products.arranges(w), left): w for w, left in every}
+        for (*_, arranges, left), weight in kinds.items():
             rows = 1
             while rows <= min(most_rows(weight), self.max_rows * 2 - 1):
-                for arranged in {False, self.products.arranges(weight)}:
+                for arranged in {False, arranges and left}:
                     blocks = self.products.blocks(rows, weight, arranged)
                     self.products.reserve(weight.shape[0], blocks)
                 rows *= 2
@@ -343,10 +344,12 @@ class CapturedStep:
             GROUP=table.group, **self.overlap,
         )  # fmt: skip
         for layer, block in enumerate(self.forward.blocks):
-            if n <= self.most_rows[layer]:
-                self._few(n, layer, block, key.long)
-            else:
+            if n > self.most_rows[layer]:
                 self._many(n, layer, block, key.long)
+            elif n > 1 and self.arranged[layer]:
+                self._packed(n, layer, block, key.long)
+            else:
+                self._few(n, layer, block, key.long)
         logits = self._logits(n)
         if key.top is None:
             self.sampler(logits, self.index[:n], rows=n, masked=key.masked, greedy=key.greedy)
@@ -366,20 +369,34 @@ class CapturedStep:
         eps, x = self.forward.model.params.norm_eps, self.scratch.x[:n]
         if of is not None and self.products.norms(n, of):
             return x, (weight, eps)
-        return rms_norm(x, weight, eps, self.scratch.normed[:n], arranged), None
+        left, self.left = self.left, None
+        normed = self.scratch.normed[:n]
+        return rms_norm(x, weight, eps, normed, parts=left, arranged=arranged), None
 
     def _few(self, n: int, layer: int, block: Block, long: bool) -> None:
         s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
         where = Rotation(s.cos, s.sin, self.slots, self.positions, k, v)
-        arranged = n > 1 and self.arranged[layer]
-        multiply = partial(self.products, arranged=arranged)
-        h, norm = self._norm(n, block.attention_norm, block.wqkv, arranged)
+        multiply = self.products
+        h, norm = self._norm(n, block.attention_norm, block.wqkv)
         multiply(h, block.wqkv, s.q[:n], ROTATE, norm=norm, rotation=where)
-        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long, arranged)
+        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long)
         multiply(s.attended[:n].flatten(1), block.wo, s.x[:n], ADD)
-        h, norm = self._norm(n, block.ffn_norm, block.w13, arranged)
+        h, norm = self._norm(n, block.ffn_norm, block.w13)
         multiply(h, block.w13, s.gated[:n], GATE, norm=norm)
         multiply(s.gated[:n], block.w2, s.x[:n], ADD)
+
+    def _packed(self, n: int, layer: int, block: Block, long: bool) -> None:
+        """The same where products leave parts of their sums, which the next kernel adds up."""
+        s, k, v, multiply = self.scratch, self.cache.k[layer], self.cache.v[layer], self.products
+        heads, kv_heads = self.forward.heads, self.forward.kv_heads
+        h, _ = self._norm(n, block.attention_norm, arranged=True)
+        qkv = multiply.parts(h, block.wqkv)
+        rotate_and_store(qkv, s.cos, s.sin, s.places, k, v, heads, kv_heads, out=s.q[:n])
+        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long, True)
+        self.left = multiply.parts(s.attended[:n].flatten(1), block.wo)
+        h, _ = self._norm(n, block.ffn_norm, arranged=True)
+        multiply(h, block.w13, s.gated[:n], GATE, arranged=True)
+        self.left = multiply.parts(s.gated[:n], block.w2)
 
     def _many(self, n: int, layer: int, block: Block, long: bool) -> None:
         s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]

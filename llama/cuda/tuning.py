@@ -34,19 +34,20 @@ class Stream(NamedTuple):
 
 
 class Wide(NamedTuple):
-    """Of packed weights on Hopper (wide.py): rows as the tensor cores see them, the tile, programs
-    that share a sum, stages, warps."""
+    """Of packed weights on Hopper (wide.py): rows as the tensor cores see them, outputs and inputs
+    that a group of warps multiplies in a turn, programs that share a sum, stages of the ring,
+    programs of a multiprocessor."""
 
     padded: int
     block_n: int
     block_k: int
     split: int
     stages: int
-    warps: int
+    programs: int = 1
 
 
 class SomeRows(NamedTuple):
-    """The same of tiles.py."""
+    """Of tiles.py: the same, and warps."""
 
     padded: int
     block_n: int
@@ -78,16 +79,16 @@ def _share(tiles: int, programs: int) -> float:
     return tiles / (programs * -(-tiles // programs))
 
 
-def wide_blocks(rows: int, outputs: int, inputs: int, kind: str) -> Wide:
+def wide_blocks(rows: int, outputs: int, inputs: int, kind: str, multiprocessors: int) -> Wide:
     padded, many = max(8, power_of_two(rows)), outputs > 16384
-    split = 1 if many or inputs < 2048 else 2 if outputs > 4096 and padded > 32 else 4
-    if padded > 64:
-        if many and outputs <= 65536:
-            return Wide(padded, 128, 64, 1, 4, 8)
-        return Wide(padded, 64, 64, split, 3 if many else 4, 4)
-    if many and (padded > 32 or (padded > 8 and kind == "int8")):
-        return Wide(padded, 128, 128, 1, 3 if padded > 32 else 4, 8)
-    return Wide(padded, 64, 128, split, 4, 4)
+    n = 128 if many and padded > 8 else 64
+    k = 64 if many and padded > 64 else 128
+    programs = 2 if many and padded == 8 else 1
+    split, tiles = 1, -(-outputs // (2 * n))
+    while 2 * split * tiles <= multiprocessors and inputs % (8 * split * k) == 0:
+        split *= 2  # each has four turns at least
+    stage = 2 * n * k // (2 if kind == "int4" else 1) + 2 * padded * k
+    return Wide(padded, n, k, split, min(12, 205_000 // programs // stage), programs)
 
 
 def some_rows_blocks(rows: int, outputs: int, inputs: int, kind: str) -> SomeRows:

@@ -1,239 +1,355 @@
 """Products of packed weights with 2 to 128 rows, on Hopper's tensor cores.
 
-A warp group takes packed weights from shared memory, makes them bfloat16 in registers, and hands
-those to the wide matrix instruction, which reads the rows from shared memory by itself. What that
-leaves idle, another program of the same multiprocessor uses. The surprising thing: the rows come
-with their inputs in another order, in which eight bytes of a weight that lie side by side are what
-one thread has to hand over; whoever makes the rows puts them so (epilogues.arranged_place).
+One warp has the copy engine fill a ring in shared memory with weights and rows. Two groups of four
+warps each take their own packed weights from it, make them bfloat16 in registers, and hand those to
+the wide matrix instruction, which reads the rows from shared memory by itself; while it does, the
+next ones are made. Where programs share the inputs, each leaves its part of the sums, and whoever
+reads them adds up (rows.py).
 
-Letters: N outputs, K inputs, W warps, RP rows as the tensor cores see them. The bits of an input's
+The surprising thing: the rows come with their inputs in another order, in which eight bytes of a
+weight that lie side by side are what one thread has to hand over; whoever makes the rows puts them
+so (epilogues.arranged_place). Outputs are numbered by where the tensor cores have them, too.
+
+Letters: N outputs of a group, in H halves of the weight, two where w1 lies above w3; K inputs, RP
+rows as the tensor cores see them; a turn is what is multiplied at a time. The bits of an input's
 number in sixty-four, from the last one on, are p of a pair, j, i, t which of four threads, h.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202 (arguments of kernels have no types in Python)
+# ruff: noqa: ANN001, ANN002, ANN201, ANN202 (arguments of kernels have no types in Python)
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 import triton.language as tl
 
-from llama.cuda.epilogues import GATE, finish, numbered, output_row
+from llama.cuda.epilogues import GATE, gate, numbered, pairs, store
 from llama.cuda.gluon import (
-    barrier,
-    commit_group,
     constexpr_function,
-    copy_numbers,
-    fence_async_shared,
+    copy_tile,
     gl,
     jit,
+    mbarrier,
     powers,
-    wait_group,
     warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+    work_together,
 )
 from llama.cuda.launch import allow, wait
-from llama.cuda.numbers import bfloats_of_bytes, bfloats_of_nibbles
+from llama.cuda.numbers import INTERPRETED, bfloats_of_bytes, bfloats_of_nibbles
 from llama.cuda.weights import INT4
 
 GROUP = tl.constexpr(64)  # inputs of a pair of int4
+WARPS = tl.constexpr(4)  # of a group
 
 
 # ---- where numbers lie
 
 
 @constexpr_function
-def copy_layout(columns, vector, warps):
-    """(rows, columns), up to `vector` numbers of a row a thread."""
-    vector = min(vector, columns)
-    across = min(32, columns // vector)
-    return gl.BlockedLayout([1, vector], [32 // across, across], [warps, 1], [1, 0])
+def weights_memory(columns):
+    """(H, N / H, columns) bytes."""
+    return gl.NVMMASharedLayout(min(128, columns), 8, 3)
 
 
 @constexpr_function
-def ring_memory(columns):
-    """(N, columns) bytes, words of 16 bytes changing places by the row."""
-    wide = min(128, columns)
-    return gl.SwizzledSharedLayout(16, 128 // wide, wide // 16, [1, 0])
+def rows_memory():
+    """(RP, K)."""
+    return gl.NVMMASharedLayout(128, 16, 2)
 
 
 @constexpr_function
-def rows_layout(shape, mine, threads, warps):
-    """(N, ...): sixteen rows a warp, eight of them in its fours of threads; behind a row, bits that
-    say a number of a thread, `mine`, and those that say which thread of four."""
-    none = [0] * (len(shape) - 1)
-    regs = [[0, *bit] for bit in mine] + [[8, *none]]
-    regs += [[n, *none] for n in powers(16 * warps, shape[0] // (16 * warps))]
-    lanes = [[0, *bit] for bit in threads] + [[n, *none] for n in (4, 2, 1)]
-    parts = [[n, *none] for n in powers(16, warps)]
-    return gl.DistributedLinearLayout(regs, lanes, parts, [], shape)
+def row_bits(block_n, halves, columns):
+    """The bits of an output's number in a tile, in the order in which the tensor cores have them:
+    which of eight fours of threads (of those that read at a time, no two ask the same banks of
+    memory), which of the two of a thread, which warp, and which of a thread again."""
+    two = block_n // 2 if halves == 2 else 1
+    apart = {32: (1, 2), 64: (1, 4), 128: (2, 4)}[min(128, columns)]
+    others = [bit for bit in powers(1, block_n) if bit != two]
+    others.sort(key=lambda bit: bit not in apart)
+    return tl.constexpr([*others[:3], two, *others[3:]])
 
 
 @constexpr_function
-def weights_layout(block_n, columns, warps):
-    """(N, columns) bytes, eight side by side a thread."""
+def rows_layout(bits, outputs, behind, mine, threads):
+    """Outputs in dimensions `outputs`, and `behind` them others, with bits that say which number of
+    a thread, `mine`, and those that say which thread of four."""
+
+    def places(some):
+        last = outputs[-1]
+        at = [[bit] if len(outputs) == 1 else [bit // last, bit % last] for bit in some]
+        return [place + [0] * len(behind) for place in at]
+
+    def rest(some):
+        return [[0] * len(outputs) + place for place in some]
+
+    regs, lanes = rest(mine) + places([bits[3], *bits[6:]]), rest(threads) + places(bits[:3])
+    return gl.DistributedLinearLayout(regs, lanes, places(bits[4:6]), [], outputs + behind)
+
+
+@constexpr_function
+def weights_layout(bits, halves, columns):
+    """(H, N / H, columns) bytes, eight side by side a thread."""
     mine = [[1], [2], [4]] + [[n] for n in powers(32, columns // 32)]
-    return rows_layout([block_n, columns], mine, [[8], [16]], warps)
+    outputs = [halves, (1 << len(bits)) // halves]
+    return rows_layout(bits, outputs, [columns], mine, [[8], [16]])
 
 
 @constexpr_function
-def words_layout(block_n, groups, warps):
+def words_layout(bits, groups):
     """The same of int4 as (N, groups, 4 threads, 8 bytes)."""
     mine = [[0, 0, n] for n in (1, 2, 4)] + [[n, 0, 0] for n in powers(1, groups)]
-    return rows_layout([block_n, groups, 4, 8], mine, [[0, 1, 0], [0, 2, 0]], warps)
+    threads = [[0, 1, 0], [0, 2, 0]]
+    return rows_layout(bits, [1 << len(bits)], [groups, 4, 8], mine, threads)
 
 
 @constexpr_function
-def pairs_layout(block_n, groups, warps):
+def pairs_layout(bits, groups):
     """(N, groups), in all four threads."""
-    return rows_layout([block_n, groups], [[n] for n in powers(1, groups)], [[0], [0]], warps)
+    mine = [[n] for n in powers(1, groups)]
+    return rows_layout(bits, [1 << len(bits)], [groups], mine, [[0], [0]])
+
+
+@constexpr_function
+def sums_layout(bits, padded):
+    """(N, RP): the two outputs of a thread side by side, so that they are stored as one."""
+    regs = [[bits[3], 0], [0, 1], *([0, n] for n in powers(8, padded // 8))]
+    regs += [[bit, 0] for bit in bits[6:]]
+    lanes = [[0, 2], [0, 4], *([bit, 0] for bit in bits[:3])]
+    warps = [[bit, 0] for bit in bits[4:6]]
+    return gl.DistributedLinearLayout(regs, lanes, warps, [], [1 << len(bits), padded])
+
+
+@constexpr_function
+def as_bits(bits, *behind):
+    """The shape of a tile with a dimension for each bit of an output's number."""
+    return tl.constexpr([2] * len(bits) + list(behind))
+
+
+@constexpr_function
+def to_tensor_cores(bits, *behind):
+    """The order of those dimensions that tensor cores have, and that of what is behind them."""
+    order = [len(bits) - bit.bit_length() for bit in bits[::-1]]
+    return tl.constexpr(order + [len(bits) + n for n in behind])
+
+
+@constexpr_function
+def from_tensor_cores(bits):
+    """The order in which they say an output's number again."""
+    order = [len(bits) - 1 - bits.index(bit) for bit in powers(1, 1 << len(bits))[::-1]]
+    return tl.constexpr([*order, len(bits)])
+
+
+# ---- the ring
 
 
 @jit
-def _output_of(s):
-    """Which output of a tile lies in row s of shared memory: the pairs 2n, 2n + 1 are rows 8 apart,
-    which the tensor cores have in one thread."""
-    return s // 16 * 16 + s % 8 * 2 + s // 8 % 2
+def _bring_weights(turn, slot, memory, source, TURNS: tl.constexpr):
+    """Begin to bring a turn's weights to a slot, if there is such a turn."""
+    ready, _, ring, of_rows = memory
+    _, w, program, begin = source
+    H: tl.constexpr = ring.shape[1]
+    OUTPUTS: tl.constexpr = ring.shape[2]
+    COLUMNS: tl.constexpr = ring.shape[3]
+    size: tl.constexpr = 2 * H * OUTPUTS * COLUMNS + 2 * of_rows.shape[1] * of_rows.shape[2]
+    mbarrier.expect(ready.index(slot), size, turn < TURNS)
+    for i in gl.static_range(2):
+        at = [0, (2 * program + i) * OUTPUTS, (begin + turn) * COLUMNS]
+        copy_tile(w, at, ready.index(slot), ring.index(2 * slot + i), turn < TURNS)
 
 
 @jit
-def _natural(y, BLOCK_N: tl.constexpr, RP: tl.constexpr):
-    """A tile (N, RP), rows as the tensor cores number them, in the order of its outputs."""
-    y = gl.permute(gl.reshape(y, [BLOCK_N // 16, 2, 2, 2, 2, RP]), [0, 4, 3, 2, 1, 5])
-    return gl.reshape(y, [BLOCK_N, RP])
+def _bring_rows(turn, slot, memory, source, TURNS: tl.constexpr):
+    """The same of its rows."""
+    ready, _, _, of_rows = memory
+    x, _, _, begin = source
+    at = [0, (begin + turn) * of_rows.shape[2]]
+    copy_tile(x, at, ready.index(slot), of_rows.index(slot), turn < TURNS)
+
+
+@jit
+def _next(slot, phase, STAGES: tl.constexpr):
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@jit
+def _supply(memory, source, TURNS: tl.constexpr, OVERLAP: tl.constexpr):
+    """The one warp: fill each slot, and each again when both groups are done with it."""
+    _, free, _, of_rows = memory
+    STAGES: tl.constexpr = of_rows.shape[0]
+    for i in gl.static_range(STAGES):
+        _bring_weights(i, i, memory, source, TURNS)
+    wait(OVERLAP)
+    for i in gl.static_range(STAGES):
+        _bring_rows(i, i, memory, source, TURNS)
+    slot, phase = 0, 0
+    for turn in range(STAGES, TURNS):
+        mbarrier.wait(free.index(slot), phase)
+        _bring_weights(turn, slot, memory, source, TURNS)
+        _bring_rows(turn, slot, memory, source, TURNS)
+        slot, phase = _next(slot, phase, STAGES)
 
 
 # ---- the product
 
 
 @jit
-def _source(
-    base, first, begin, n_outputs, ROW: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_N: tl.constexpr, PAIRED: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """Where a tile's rows of ROW numbers are read, its columns `begin` and on: (N, COLUMNS)."""
-    COPY: tl.constexpr = copy_layout(COLUMNS, VECTOR, W)
-    s = gl.arange(0, BLOCK_N, gl.SliceLayout(1, COPY))
-    n = output_row(gl.minimum(first + _output_of(s), n_outputs - 1), n_outputs, PAIRED)
-    column = begin + gl.arange(0, COLUMNS, gl.SliceLayout(0, COPY))
-    return base + n.to(gl.int64)[:, None] * ROW + column[None, :]
-
-
-@jit
-def _fill(ring, of_pairs, slot, at, at_pairs, turn, turns, KIND: tl.constexpr):
-    """Begin to copy a turn's weights to a slot; zeros where there is no such turn."""
-    COLUMNS: tl.constexpr = at.shape[1]
-    GROUPS: tl.constexpr = at_pairs.shape[1]
-    copy_numbers(ring.index(slot), at + turn * COLUMNS, turn < turns)
+def _weights(packed, pair, KIND: tl.constexpr, BITS: tl.constexpr, MMA: tl.constexpr):
+    """A turn's weights as the tensor cores want them: (N, inputs)."""
+    BLOCK_N: tl.constexpr = packed.shape[0] * packed.shape[1]
+    COLUMNS: tl.constexpr = packed.shape[2]
+    GROUPS: tl.constexpr = COLUMNS // 32 if KIND == INT4 else COLUMNS // GROUP
+    a = packed.load(weights_layout(BITS, packed.shape[0], COLUMNS))
     if KIND == INT4:
-        copy_numbers(of_pairs.index(slot), at_pairs + turn * GROUPS, turn < turns)
-
-
-@jit
-def _weights(
-    ring, of_pairs, slot, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
-    MMA: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """A turn's weights as the tensor cores want them: (BLOCK_N, BLOCK_K)."""
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
-    COLUMNS: tl.constexpr = BLOCK_K // 2 if KIND == INT4 else BLOCK_K
-    a = ring.index(slot).load(weights_layout(BLOCK_N, COLUMNS, W))
-    if KIND == INT4:
-        WORDS: tl.constexpr = words_layout(BLOCK_N, GROUPS, W)
-        pair = of_pairs.index(slot).load(pairs_layout(BLOCK_N, GROUPS, W))
+        WORDS: tl.constexpr = words_layout(BITS, GROUPS)
         pair = gl.reshape(pair, [BLOCK_N, GROUPS, 1, 1])
         pair = gl.convert_layout(pair, WORDS, assert_trivial=True)
         pair, _ = gl.broadcast(pair, gl.full([BLOCK_N, GROUPS, 4, 8], 0, gl.int32, WORDS))
         a = gl.convert_layout(gl.reshape(a, [BLOCK_N, GROUPS, 4, 8]), WORDS, assert_trivial=True)
         a = bfloats_of_nibbles(a, pair)  # (N, groups, t, i j p, h)
-        a = gl.reshape(a, [BLOCK_N // 8, 2, 2, 2, GROUPS, 4, 2, 2, 2, 2])
-        a = gl.permute(a, [0, 3, 2, 1, 4, 9, 6, 7, 5, 8])
+        a = gl.reshape(a, as_bits(BITS, GROUPS, 4, 2, 2, 2, 2).value)
+        a = gl.permute(a, to_tensor_cores(BITS, 0, 5, 2, 3, 1, 4).value)
     else:
         a = bfloats_of_bytes(a, KIND)  # (N, groups of h t i j p)
-        a = gl.reshape(a, [BLOCK_N // 8, 2, 2, 2, GROUPS, 2, 4, 2, 2, 2])
-        a = gl.permute(a, [0, 3, 2, 1, 4, 5, 7, 8, 6, 9])
-    a = gl.reshape(a, [BLOCK_N, BLOCK_K])  # of groups of h i j t p
+        a = gl.reshape(a, as_bits(BITS, GROUPS, 2, 4, 2, 2, 2).value)
+        a = gl.permute(a, to_tensor_cores(BITS, 0, 1, 3, 4, 2, 5).value)
+    a = gl.reshape(a, [BLOCK_N, GROUPS * GROUP])  # of groups of h i j t p
     return gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
 
 
 @jit
-def wide(
-    x, w, scale, rows, n_outputs, out, partial, arrived, cos, sin, slots, positions, k, v, T,
-    K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, W: tl.constexpr,
-    EPILOGUE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr,
-    OVERLAP: tl.constexpr,
+def _turn(
+    z, pair, turn, slot, phase, memory, source, at_pairs, ME: tl.constexpr, TURNS: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, MMA: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of RP rows over a SPLIT-th of the inputs; the last one to come adds up, in
-    their order. `w` holds bytes, `scale` those of rows or the pairs of int4; x (rows, K) is
-    arranged."""
-    EACH: tl.constexpr = 2 if KIND == INT4 else 1
-    COLUMNS: tl.constexpr = BLOCK_K // EACH
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
-    PAIRED: tl.constexpr = EPILOGUE == GATE
-    MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, RP, 16])
-    COPY: tl.constexpr = copy_layout(BLOCK_K, 8, W)
-    TURNS: tl.constexpr = (K // BLOCK_K + SPLIT - 1) // SPLIT
-    tile, part = gl.program_id(0), gl.program_id(1)
-    first, begin = tile * BLOCK_N, part * TURNS
-    turns = gl.minimum(TURNS, K // BLOCK_K - begin)
-    ring = gl.allocate_shared_memory(
-        w.dtype.element_ty, [STAGES, BLOCK_N, COLUMNS], ring_memory(COLUMNS)
-    )
-    of_rows = gl.allocate_shared_memory(
-        x.dtype.element_ty, [STAGES, RP, BLOCK_K], gl.NVMMASharedLayout(128, 16, 2)
-    )
-    at = _source(w, first, begin * COLUMNS, n_outputs, K // EACH, COLUMNS, 16, BLOCK_N, PAIRED, W)
-    of_pairs, at_pairs = ring, at
+    """Begin the products of a turn, which are added to z unless it is the FIRST one. Also returns
+    the pairs of the next turn, and where that is."""
+    ready, _, ring, of_rows = memory
+    if INTERPRETED:  # one after the other
+        _bring_weights(turn, slot, memory, source, TURNS)
+        _bring_rows(turn, slot, memory, source, TURNS)
+    soon = pair
     if KIND == INT4:
-        of_pairs = gl.allocate_shared_memory(
-            gl.int32, [STAGES, BLOCK_N, GROUPS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        )
-        at_pairs = _source(
-            scale, first, begin * GROUPS, n_outputs, K // GROUP, GROUPS, 4, BLOCK_N, PAIRED, W
-        )
-    for i in gl.static_range(STAGES - 1):
-        _fill(ring, of_pairs, i, at, at_pairs, i, turns, KIND)
-    commit_group()
-    r = gl.minimum(gl.arange(0, RP, gl.SliceLayout(1, COPY)), rows - 1)
-    column = begin * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, COPY))
-    at_rows = x + r[:, None] * K + column[None, :]
+        soon = gl.load(at_pairs + gl.minimum(turn + 1, TURNS - 1) * pair.shape[1])
+    mbarrier.wait(ready.index(slot), phase)
+    a = _weights(ring.index(2 * slot + ME), pair, KIND, BITS, MMA)
+    b = of_rows.index(slot).permute([1, 0])
+    z = warpgroup_mma(a, b, z, use_acc=not FIRST, is_async=True)
+    slot, phase = _next(slot, phase, of_rows.shape[0])
+    return z, soon, slot, phase
+
+
+@jit
+def _all_but_one(z, slot, memory):
+    """Wait for the products before the last ones begun, which had their rows in `slot`."""
+    _, free, _, _ = memory
+    z = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[z]))
+    mbarrier.arrive(free.index(slot))
+    return z
+
+
+@jit
+def _multiply(
+    memory, source, scale, rows, n_outputs, out, ME: tl.constexpr, K: tl.constexpr,
+    TURNS: tl.constexpr, KIND: tl.constexpr, EPILOGUE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Group ME: its tile, and what becomes of it."""
+    _, _, ring, of_rows = memory
+    _, _, program, begin = source
+    H: tl.constexpr = ring.shape[1]
+    BLOCK_N: tl.constexpr = H * ring.shape[2]
+    RP: tl.constexpr = of_rows.shape[1]
+    GROUPS: tl.constexpr = of_rows.shape[2] // GROUP
+    BITS: tl.constexpr = row_bits(BLOCK_N, H, ring.shape[3])
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RP, 16])
+    tile = 2 * program + ME
+    pair, at_pairs = 0, 0
+    if KIND == INT4:
+        PAIRS: tl.constexpr = pairs_layout(BITS, GROUPS)
+        n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, PAIRS))
+        j = gl.minimum(tile * (BLOCK_N // H) + n % (BLOCK_N // H), n_outputs // H - 1)
+        row = n // (BLOCK_N // H) * (n_outputs // H) + j
+        group = begin * GROUPS + gl.arange(0, GROUPS, gl.SliceLayout(0, PAIRS))
+        at_pairs = scale + row.to(gl.int64)[:, None] * (K // GROUP) + group[None, :]
+        pair = gl.load(at_pairs)
     wait(OVERLAP)
-    for i in gl.static_range(STAGES - 1):
-        copy_numbers(of_rows.index(i), at_rows + i * BLOCK_K, i < turns)
-        commit_group()
+    # Two sets of registers by turns: while the tensor cores read one, the other one is made.
+    FEW: tl.constexpr = 2 - TURNS % 2
     z = gl.full([BLOCK_N, RP], 0.0, gl.float32, MMA)
-    slot = 0
-    for turn in range(turns):
-        wait_group(STAGES - 2)
-        fence_async_shared()
-        barrier()  # all are done with the turn before this one, whose slot is free
-        free = gl.where(slot == 0, STAGES - 1, slot - 1)
-        soon = turn + STAGES - 1
-        _fill(ring, of_pairs, free, at, at_pairs, soon, turns, KIND)
-        copy_numbers(of_rows.index(free), at_rows + soon * BLOCK_K, soon < turns)
-        commit_group()
-        a = _weights(ring, of_pairs, slot, BLOCK_N, BLOCK_K, KIND, MMA, W)
-        z = warpgroup_mma(a, of_rows.index(slot).permute([1, 0]), z)
-        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-    allow(OVERLAP)
-    m = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-    n = _output_of(m // 8 * 8 + (m & 1) * 4 + (m & 2) + (m & 4) // 4)
-    cell = n[:, None] * RP + gl.arange(0, RP, gl.SliceLayout(0, MMA))[None, :]
-    last = True
-    if SPLIT > 1:
-        mine = partial + (tile * SPLIT + part) * (BLOCK_N * RP)
-        gl.store(mine + cell, z)
-        barrier()
-        last = gl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1
-        if last:
-            gl.store(arrived + tile, 0)
-            z = gl.full([BLOCK_N, RP], 0.0, gl.float32, MMA)
-            for i in gl.static_range(SPLIT):
-                theirs = partial + (tile * SPLIT + i) * (BLOCK_N * RP)
-                z += gl.load(theirs + cell, cache_modifier=".cg")
-    if last:
-        if KIND != INT4:
-            row = output_row(gl.minimum(first + n, n_outputs - 1), n_outputs, PAIRED)
-            z *= gl.load(scale + row)[:, None]
-        outputs, of = numbered(_natural(cell, BLOCK_N, RP), first, EPILOGUE, BLOCK_N, RP, False)
-        finish(
-            _natural(z, BLOCK_N, RP), outputs, of, rows, n_outputs, out, cos, sin, slots, positions,
-            k, v, T, EPILOGUE, BLOCK_N, RP, HEADS, KV_HEADS, E, False, True,
+    before, slot, phase = 0, 0, 0
+    z, pair, slot, phase = _turn(
+        z, pair, 0, slot, phase, memory, source, at_pairs, ME, TURNS, KIND, BITS, MMA, True
+    )
+    if FEW == 2:
+        now = slot
+        z, pair, slot, phase = _turn(
+            z, pair, 1, slot, phase, memory, source, at_pairs, ME, TURNS, KIND, BITS, MMA, False
+        )
+        z = _all_but_one(z, before, memory)
+        before = now
+    for turn in range(FEW, TURNS, 2):
+        now = slot
+        z, pair, slot, phase = _turn(
+            z, pair, turn, slot, phase, memory, source, at_pairs, ME, TURNS, KIND, BITS, MMA, False
+        )
+        z = _all_but_one(z, before, memory)
+        before = slot
+        z, pair, slot, phase = _turn(
+            z, pair, turn + 1, slot, phase, memory, source, at_pairs, ME, TURNS, KIND, BITS, MMA,
+            False,
         )  # fmt: skip
+        z = _all_but_one(z, now, memory)
+    y = warpgroup_mma_wait(0, deps=[z])
+    allow(OVERLAP)
+    y = gl.permute(gl.reshape(y, as_bits(BITS, RP).value), from_tensor_cores(BITS).value)
+    SUMS: tl.constexpr = sums_layout(BITS, RP)
+    y = gl.convert_layout(gl.reshape(y, [BLOCK_N, RP]), SUMS, assert_trivial=True)
+    n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))
+    r = gl.arange(0, RP, gl.SliceLayout(0, SUMS))[None, :]
+    if KIND != INT4:
+        j = gl.minimum(tile * (BLOCK_N // H) + n % (BLOCK_N // H), n_outputs // H - 1)
+        y *= gl.load(scale + n // (BLOCK_N // H) * (n_outputs // H) + j)[:, None]
+    if EPILOGUE == GATE:
+        n, r = numbered(n[:, None] * RP + r, tile * BLOCK_N, GATE, BLOCK_N, RP, True)
+        a, b = pairs(y, BLOCK_N, RP, True)
+        gate(a, b, n, r, rows, n_outputs, out, True)
+    else:
+        out += (begin // TURNS).to(gl.int64) * rows * n_outputs
+        store(y, tile * BLOCK_N + n[:, None], r, rows, n_outputs, out, False)
+
+
+@jit
+def wide(
+    x, w, scale, rows, n_outputs, out, K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr,
+    EPILOGUE: tl.constexpr, OVERLAP: tl.constexpr, REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Two tiles of BLOCK_N outputs of RP rows over a SPLIT-th of the inputs: stored to `out`
+    (SPLIT, rows, outputs), or gated. x (rows, K), arranged, and the bytes w are described to the
+    copy engine; `scale` are those of outputs, or the pairs of int4."""
+    COLUMNS: tl.constexpr = BLOCK_K // 2 if KIND == INT4 else BLOCK_K
+    H: tl.constexpr = 2 if EPILOGUE == GATE else 1
+    TURNS: tl.constexpr = K // BLOCK_K // SPLIT
+    ring = gl.allocate_shared_memory(
+        w.dtype, [2 * STAGES, H, BLOCK_N // H, COLUMNS], weights_memory(COLUMNS)
+    )
+    of_rows = gl.allocate_shared_memory(x.dtype, [STAGES, RP, BLOCK_K], rows_memory())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    memory = (ready, free, ring, of_rows)
+    source = (x, w, gl.program_id(0), gl.program_id(1) * TURNS)
+    work_together(
+        [
+            (_multiply, (memory, source, scale, rows, n_outputs, out, 0, K, TURNS, KIND, EPILOGUE,
+                         OVERLAP)),
+            (_multiply, (memory, source, scale, rows, n_outputs, out, 1, K, TURNS, KIND, EPILOGUE,
+                         OVERLAP)),
+            (_supply, (memory, source, TURNS, OVERLAP)),
+        ],
+        [WARPS, 1], [REGISTERS, 24],
+    )  # fmt: skip
