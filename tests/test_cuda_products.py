@@ -199,7 +199,7 @@ def test_real_attention(rows, longest, heads, kv, size):
 
 
 COMPILE = """
-import torch
+import os, subprocess, tempfile, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -218,14 +218,22 @@ def only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     ptx = kernel.asm["ptx"]
     counts = [ptx.count(word) for word in ("griddepcontrol.wait", "mma", "cp.async.bulk.tensor")]
-    print(self.__name__, len(kernel.asm["cubin"]), kernel.metadata.shared, *counts)
+    print(self.__name__, len(kernel.asm["cubin"]), kernel.metadata.shared, *counts, spilled(kernel))
+def spilled(kernel):
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(usage.split(" STACK:")[1].split()[0])
 JITFunction.run = only
 from llama.cuda import attention, products as room
 from llama.checkpoint.packed import Format, Packed
 from llama.cuda.attention import DecodeAttention
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.stream import shared_memory
-from llama.cuda.tuning import Stream
+from llama.cuda.tuning import Stream, Wide
 from llama.cuda.weights import pairs_of, source
 room.overlap = attention.overlap = lambda device: {"OVERLAP": True, "launch_pdl": True}
 room.capability = lambda device: (9, 0)
@@ -253,6 +261,9 @@ for rows in (1, 8, 128):
         blocks = products.blocks(rows, w, arranged)
         print("expected", shared_memory(source(w), 1024, blocks) if rows == 1 else 0)
         products(new(rows, 1024), w, new(rows, 512), GATE, norm=norm, arranged=arranged)
+        if arranged:
+            blocks = Wide(rows, 64, 128, 1, 5, 2) if rows == 8 else Wide(rows, 128, 64, 1, 6)
+            products(new(rows, 1024), w, new(rows, 512), GATE, arranged=True, blocks=blocks)
         if rows == 8:
             x = new(rows, 1024)
             if arranged:
@@ -279,12 +290,13 @@ def test_kernels_compile_for_compute_capability_9_without_a_gpu():
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     found = [(name, *map(int, numbers)) for name, *numbers in lines if name != "expected"]
-    some = ["some_rows"] * 2 + ["wide"] * 6
-    expected = ["stream"] * 4 + ["_attend"] + some + ["_attend"] + ["wide"] * 3 + ["_attend"]
+    some = ["some_rows"] * 2 + ["wide"] * 9
+    expected = ["stream"] * 4 + ["_attend"] + some + ["_attend"] + ["wide"] * 6 + ["_attend"]
     assert [name for name, *_ in found] == [*expected, "stream", "stream"]
-    assert all(size > 1000 and waits >= 1 and mma >= 1 for _, size, _, waits, mma, _ in found)
+    assert all(size > 1000 and waits >= 1 and mma >= 1 for _, size, _, waits, mma, *_ in found)
+    assert all(spilled <= 128 for name, *_, spilled in found if name == "wide"), found
     sizes = [int(numbers[0]) for name, *numbers in lines if name == "expected"][:4]
-    for (_, _, memory, _, _, copies), size in zip(found[:4], sizes, strict=True):
+    for (_, _, memory, _, _, copies, _), size in zip(found[:4], sizes, strict=True):
         assert copies >= 2
         assert size <= memory <= size + 1024
-    assert all(copies == 0 for *_, copies in found[-2:])
+    assert all(copies == 0 for *_, copies, _ in found[-2:])

@@ -167,13 +167,13 @@ class Products:
         read, (outputs, inputs) = source(weight), weight.shape
         assert inputs % (blocks.block_k * blocks.split) == 0, (inputs, blocks)
         halves, n, k = 2 if epilogue is GATE else 1, blocks.block_n, blocks.block_k
-        columns, two = k // 2 if read.kind == INT4 else k, blocks.programs == 2
+        columns = k // 2 if read.kind == INT4 else k
         launch(wide, (-(-outputs // (2 * n)), blocks.split))(
             TensorDescriptor.from_tensor(x, [blocks.padded, k], rows_memory()),
             described(_bytes(read.weight), halves, n, columns), read.scale, len(x), outputs, out,
             K=inputs, RP=blocks.padded, BLOCK_N=n, BLOCK_K=k, SPLIT=blocks.split,
             STAGES=blocks.stages, KIND=read.kind, EPILOGUE=epilogue, num_warps=WARPS.value,
-            REGISTERS=104 if two else 232, maxnreg=80 if two else None, **self.extra,
+            **_registers(blocks), **self.extra,
         )  # fmt: skip
 
     def _stream(
@@ -216,6 +216,14 @@ class Products:
         if self.arrived.numel() < tiles:
             self.arrived = self.arrived.new_zeros(tiles)
         return tiles
+
+
+def _registers(blocks: Wide) -> dict[str, int | None]:
+    """Of a thread that multiplies, and of all on average: as few as do, so that kernels before and
+    after have room on the same multiprocessor."""
+    multiplying = 104 if blocks.programs == 2 else 168 if blocks.block_n == 64 else 232
+    most = -(-(2 * multiplying + 24) // 24) * 8  # a third of the warps has 24, in steps of 8
+    return {"REGISTERS": multiplying, "maxnreg": most}
 
 
 def _bytes(weight: Tensor) -> Tensor:

@@ -231,6 +231,6 @@ def silu_multiply(joined: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _warps(block: int, parts: int = 1) -> int:
-    """Warps for a program of `block` numbers: about 32 of them a thread, or 8 where each is added
+    """Warps for a program of `block` numbers: about 32 of them a thread, or 16 where each is added
     up from several that are far away."""
-    return min(16, max(1, block // (256 if parts > 1 else 1024)))
+    return min(16, max(1, block // (512 if parts > 1 else 1024)))

@@ -123,4 +123,4 @@ def decode_attention_blocks(rows: int, kv_heads: int, long: bool) -> DecodeAtten
         return DecodeAttention(16 * eighth, 64, 2, 4)
     if rows <= 16:
         return DecodeAttention(16 * eighth, 128, 3, 4)
-    return DecodeAttention(32 * eighth, 64, 4 if rows <= 64 else 2, 4)
+    return DecodeAttention(32 * eighth, 64, 4 if rows <= 64 else 2, 4, 64)
