@@ -61,10 +61,12 @@ def product_candidates(weight: Weight, rows: int, products: Products, whole: boo
         found: list[Blocks] = []
         tiles = itertools.product((64, 128), (64, 128), (1,) if whole else (1, 2, 4, 8), (1, 2))
         for n, k, split, programs in tiles:
-            turn = 2 * n * k * source(weight).weight.shape[1] // inputs + 2 * padded * k
+            packed = source(weight).weight
+            turn = 2 * n * k * packed.shape[1] * packed.itemsize // inputs + 2 * padded * k
             stages = min(12, 205_000 // programs // turn)
             blocks = tuning.Wide(padded, n, k, split, stages, programs)
-            if stages > 2 and inputs % (k * split) == 0 and (programs == 1 or padded <= 32):
+            fits = stages > 2 and inputs % (k * split) == 0 and (programs == 1 or padded <= 32)
+            if fits and (packed.itemsize == 1 or (k == 64 and (n == 128 or not whole))):
                 found.append(blocks)
     else:
         tiles = [(64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 64, 8), (128, 128, 8)]
@@ -124,8 +126,8 @@ class Step:
         self.blocks: dict[Product | str, Blocks] = {
             "attention": max(every, key=lambda blocks: blocks.programs)
         }
-        Products.blocks = lambda own, rows, weight, arranged=False: (
-            self.blocks.get(product_of(weight)) or TABLE(own, rows, weight, arranged)
+        Products.blocks = lambda own, rows, weight, wide=False, gated=False: (
+            self.blocks.get(product_of(weight)) or TABLE(own, rows, weight, wide, gated)
         )
         attention.decode_attention_blocks = lambda *_: self.blocks["attention"]
         step.MOST_ROWS = dict.fromkeys(tuning.MOST_ROWS, rows)
@@ -139,9 +141,13 @@ class Step:
         forward = self.step.forward
         weights = (*forward.blocks[0].products(), forward.output)
         self.weights = dict(zip(PRODUCTS, weights, strict=True))
+        products = self.step.products
         for weight in weights:  # what the table says, at first
-            arranged = rows > 1 and self.step.products.arranges(weight)
-            self.blocks[product_of(weight)] = TABLE(self.step.products, rows, weight, arranged)
+            output = weight is forward.output
+            wide = products.is_wide(weight, True) if output else self.step.wide[0]
+            wide = wide and rows >= tuning.LEAST_WIDE[kind_of(weight)]
+            gated = weight is forward.blocks[0].w13
+            self.blocks[product_of(weight)] = TABLE(products, rows, weight, wide, gated)
 
     def use_ours(self, ours: bool) -> None:
         """Our products, or torch's: a layer knows which since it was built, the output asks."""

@@ -216,14 +216,14 @@ def test_real_packed_products(multiply, rows, outputs, inputs, format):  # noqa:
     x = randn(rows, inputs, dtype=torch.bfloat16)
     weight = packed(outputs, inputs, format)
     products = Products(DEVICE, torch.bfloat16)
-    wide = rows > 1 and products.arranges(weight)
+    wide = rows > 1 and products.is_wide(weight)
     given = arranged(x) if wide else x
     product = x.double() @ weight.unpack(torch.float32).double().T
     plain = (x @ weight.unpack(torch.bfloat16).T).double()
     theirs = (plain - product).norm() / product.norm()
     for _ in range(3):
         out = torch.full((rows, outputs), NAN, device=DEVICE, dtype=torch.bfloat16)
-        multiply(given, weight, out, STORE, arranged=wide)
+        multiply(given, weight, out, STORE, wide=wide)
         assert (out.double() - product).norm() / product.norm() <= 1.1 * theirs
     if wide:
         added = products.parts(given, weight).sum(0)
@@ -234,7 +234,7 @@ def test_real_packed_products(multiply, rows, outputs, inputs, format):  # noqa:
     gated = torch.full((rows, outputs // 2), NAN, device=DEVICE, dtype=torch.bfloat16)
     gate, up = product.chunk(2, 1)
     expected = F.silu(gate) * up
-    multiply(given, weight, gated, GATE, arranged=wide)
+    multiply(given, weight, gated, GATE, wide=wide)
     close(gated, arranged(expected) if wide else expected, torch.bfloat16)
 
 

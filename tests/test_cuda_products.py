@@ -164,7 +164,7 @@ def test_attention_split_over_ragged_rows(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 64, 100, 128])
 @pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (4096, 14336), (4096, 4096)])
 def test_real_products(multiply, rows, outputs, inputs):
     x = randn(rows, inputs, dtype=torch.bfloat16)
@@ -181,6 +181,14 @@ def test_real_products(multiply, rows, outputs, inputs):
     gated = torch.full((rows, outputs // 2), NAN, device=DEVICE, dtype=torch.bfloat16)
     gate, up = product.chunk(2, 1)
     close(multiply(x, w, gated, GATE), F.silu(gate) * up, torch.bfloat16)
+    products = Products(DEVICE, torch.bfloat16)
+    if products.is_wide(w):
+        for _ in range(3):
+            ours = (products.parts(x, w).sum(0).double() - product).norm() / product.norm()
+            assert ours <= 1.1 * (plain - product).norm() / product.norm()
+            gated.fill_(NAN)
+            multiply(x, w, gated, GATE, wide=True)
+            close(gated, F.silu(gate) * up, torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -233,7 +241,7 @@ from llama.checkpoint.packed import Format, Packed
 from llama.cuda.attention import DecodeAttention
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.stream import shared_memory
-from llama.cuda.tuning import Stream, Wide
+from llama.cuda.tuning import LEAST_WIDE, Stream, Wide
 from llama.cuda.weights import pairs_of, source
 room.overlap = attention.overlap = lambda device: {"OVERLAP": True, "launch_pdl": True}
 room.capability = lambda device: (9, 0)
@@ -253,20 +261,18 @@ for rows in (1, 8, 128):
     turns, where = new(rows, 64, dtype=torch.float32), new(rows, dtype=torch.int64)
     rotation = Rotation(turns, turns, where, where, cache, cache)
     for kind in ("", "int8", "fp8", "int4"):
-        if rows > 32 and not kind:
-            continue
         w = weight(kind)
         norm = (new(1024), 1e-5) if products.norms(rows, w) else None
-        arranged = rows > 1 and products.arranges(w)
-        blocks = products.blocks(rows, w, arranged)
+        wide = products.is_wide(w) and rows >= LEAST_WIDE[kind]
+        blocks = products.blocks(rows, w, wide, True)
         print("expected", shared_memory(source(w), 1024, blocks) if rows == 1 else 0)
-        products(new(rows, 1024), w, new(rows, 512), GATE, norm=norm, arranged=arranged)
-        if arranged:
-            blocks = Wide(rows, 64, 128, 1, 5, 2) if rows == 8 else Wide(rows, 128, 64, 1, 6)
-            products(new(rows, 1024), w, new(rows, 512), GATE, arranged=True, blocks=blocks)
+        products(new(rows, 1024), w, new(rows, 512), GATE, norm=norm, wide=wide)
+        if wide:
+            blocks = Wide(rows, 64, 128, 1, 5, 2) if rows == 8 else Wide(rows, 128, 64, 1, 4)
+            products(new(rows, 1024), w, new(rows, 512), GATE, blocks=blocks)
         if rows == 8:
             x = new(rows, 1024)
-            if arranged:
+            if wide:
                 products.parts(x, w)
             else:
                 products(x, w, new(rows, 4, 128), ROTATE, rotation=rotation)
@@ -291,7 +297,7 @@ def test_kernels_compile_for_compute_capability_9_without_a_gpu():
     lines = [line.split() for line in done.stdout.splitlines()]
     found = [(name, *map(int, numbers)) for name, *numbers in lines if name != "expected"]
     some = ["some_rows"] * 2 + ["wide"] * 9
-    expected = ["stream"] * 4 + ["_attend"] + some + ["_attend"] + ["wide"] * 6 + ["_attend"]
+    expected = ["stream"] * 4 + ["_attend"] + some + ["_attend"] + ["wide"] * 8 + ["_attend"]
     assert [name for name, *_ in found] == [*expected, "stream", "stream"]
     assert all(size > 1000 and waits >= 1 and mma >= 1 for _, size, _, waits, mma, *_ in found)
     assert all(spilled <= 128 for name, *_, spilled in found if name == "wide"), found

@@ -21,7 +21,7 @@ from test_cuda_products import (  # noqa: F401
 from test_cuda_step import small
 
 from llama.checkpoint.packed import Format
-from llama.cuda import products
+from llama.cuda import products, step, tuning
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.step import CapturedStep, Row
 from llama.cuda.tuning import Stream, Wide, some_rows_blocks, stream_blocks, wide_blocks
@@ -114,6 +114,15 @@ WIDE = [
 ]  # fmt: skip
 
 
+def left_in_parts(x, weight, numbers, given, blocks):
+    """Parts of the product are what they should be."""
+    parts = Products(DEVICE, DTYPE).parts(given, weight, blocks)
+    assert parts.shape == (blocks.split, len(x), len(numbers))
+    each = x.shape[1] // blocks.split
+    for part, a, b in zip(parts, x.split(each, 1), numbers.split(each, 1), strict=True):
+        close(part, a.double() @ b.T, DTYPE)
+
+
 @pytest.mark.skipif(not HOPPER, reason="wide.py is for compute capability 9.0")
 @pytest.mark.parametrize(("rows", "blocks"), WIDE, ids=str)
 @pytest.mark.parametrize("format", [*FORMATS[1:3], FORMATS[4]], ids=str)
@@ -123,12 +132,19 @@ def test_arranged_rows(multiply, format, rows, blocks):  # noqa: F811
     weight, numbers = weight_of(384, 384, format)
     product = x.double() @ numbers.T
     stored_and_gated(multiply, arranged(x), weight, product, arranged, blocks=blocks)
-    weight, numbers = weight_of(272, 384, format)
-    parts = Products(DEVICE, DTYPE).parts(arranged(x), weight, blocks)
-    assert parts.shape == (blocks.split, rows, 272)
-    each = 384 // blocks.split
-    for part, a, b in zip(parts, x.split(each, 1), numbers.split(each, 1), strict=True):
-        close(part, a.double() @ b.T, DTYPE)
+    left_in_parts(x, *weight_of(272, 384, format), arranged(x), blocks)
+
+
+@pytest.mark.skipif(not HOPPER, reason="wide.py is for compute capability 9.0")
+@pytest.mark.parametrize("rows", [3, 40, 128])
+def test_many_rows_of_plain_weights(multiply, rows):  # noqa: F811
+    padded = max(8, 1 << (rows - 1).bit_length())
+    x = randn(rows, 384, dtype=DTYPE)
+    weight, numbers = weight_of(384, 384, None)
+    stored_and_gated(
+        multiply, x, weight, x.double() @ numbers.T, blocks=Wide(padded, 128, 64, 1, 3)
+    )
+    left_in_parts(x, *weight_of(272, 384, None), x, Wide(padded, 64, 64, 3, 4))
 
 
 @pytest.mark.parametrize("format", [Format("int8"), Format("int4", 64)], ids=str)
@@ -188,13 +204,17 @@ def test_a_step_of_one_row_that_streams_is_the_one_that_does_not(recipe, monkeyp
 
 @pytest.mark.skipif(not HOPPER, reason="wide.py is for compute capability 9.0")
 @pytest.mark.parametrize("rows", [2, 4])
-@pytest.mark.parametrize("recipe", RECIPES[1:])
-def test_a_step_with_arranged_rows_is_the_one_without(recipe, rows, monkeypatch):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_of_several_rows_by_wide_products_is_the_one_without(recipe, rows, monkeypatch):
     shape = dict(dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=256, n_layers=2)
-    model = quantized_model(recipe, DTYPE, **shape)
+    model = quantized_model(recipe, DTYPE, **shape) if recipe else small(**shape).to(DTYPE)
+    monkeypatch.setattr(tuning, "LEAST_WIDE", dict.fromkeys(tuning.LEAST_WIDE, 2))
+    monkeypatch.setattr(step, "LEAST_WIDE", tuning.LEAST_WIDE)
+    if DEVICE.type == "cuda":  # a tile for a multiprocessor
+        monkeypatch.setattr(products, "multiprocessors_and_memory", lambda _: (1, 227 * 1024))
     ours = logits_of(model, rows, monkeypatch)
-    assert CapturedStep(model, model.new_cache(rows, 8), rows).arranged == [True, True]
-    plain = logits_of(model, rows, monkeypatch, arranges=lambda *_: False)
+    assert CapturedStep(model, model.new_cache(rows, 8), rows).wide == [True, True]
+    plain = logits_of(model, rows, monkeypatch, is_wide=lambda *_: False)
     for mine, theirs in zip(ours, plain, strict=True):
         close(mine, theirs, DTYPE)
 
@@ -218,15 +238,15 @@ def test_tables_have_blocks_for_every_released_shape(shape, kind):
         turn = (64 if kind else 32) * ring.runs * ring.warps
         assert inputs % turn == 0 or ring.runs == 1
         assert -(-inputs // (turn * ring.split)) * turn <= 16384
-        if not kind:
-            continue
         for rows in (2, 8, 16, 32, 64, 128):
-            blocks = wide_blocks(rows, outputs, inputs, kind, 132)
+            blocks = wide_blocks(rows, outputs, inputs, kind, 132, outputs == both)
             assert blocks.padded >= rows
             assert inputs % (blocks.block_k * blocks.split) == 0
-            weights = 2 * blocks.block_n * blocks.block_k // (2 if kind == "int4" else 1)
+            bits = {"": 16, "int4": 4}.get(kind, 8)
+            weights = 2 * blocks.block_n * blocks.block_k * bits // 8
             ring = blocks.stages * (weights + 2 * blocks.padded * blocks.block_k)
             assert blocks.stages >= 3
+            assert kind or outputs != both or blocks.block_n == 128
             assert blocks.programs * (ring + 3072) <= 227 * 1024
             assert some_rows_blocks(rows, outputs, inputs, kind).padded >= rows
 

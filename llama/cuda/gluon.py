@@ -127,11 +127,17 @@ if INTERPRETED:
     def as_rows(memory, shape, layout):
         return _Rows(tl.reshape(memory.load(), shape))
 
+    def flat(memory, layout):
+        first, second, *rest = memory.shape
+        view = _Memory(memory.dtype, [first * second, *rest])
+        view.store(tl.reshape(memory.load(), view.shape))
+        return view
+
     def mma_v2(a, b, sums):
         return tl.dot(a, b, sums, input_precision="ieee")
 
     def warpgroup_mma(a, b, sums, use_acc=True, is_async=False):
-        return mma_v2(a, b.load(), sums)
+        return mma_v2(a.load() if isinstance(a, _Memory) else a, b.load(), sums)
 
     def warpgroup_mma_init(sums):
         return sums
@@ -169,6 +175,12 @@ else:
             return memory.reinterpret(memory.dtype, shape, layout)
         else:
             return memory._reinterpret(memory.dtype, shape, layout)
+
+    @jit
+    def flat(memory, layout: tl.constexpr):
+        """Its first two dimensions as one."""
+        shape: tl.constexpr = [memory.shape[0] * memory.shape[1], memory.shape[2]]
+        return as_rows(memory, shape, layout)
 
 
 @constexpr_function

@@ -14,7 +14,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from llama.checkpoint.packed import Packed
 from llama.cuda.epilogues import ADD, GATE, ROTATE, STORE, Rotation
 from llama.cuda.gluon import TensorDescriptor
 from llama.cuda.launch import INTERPRETED, capability, launch, multiprocessors_and_memory, overlap
@@ -28,12 +27,12 @@ from llama.cuda.tuning import (
     stream_blocks,
     wide_blocks,
 )
-from llama.cuda.weights import INT4, Source, Weight, kind_of, source
+from llama.cuda.weights import INT4, PLAIN, Source, Weight, kind_of, source
 from llama.cuda.wide import WARPS, rows_memory, wide
 
 __all__ = ["ADD", "GATE", "ROTATE", "STORE", "Products", "Rotation"]
 
-# What wide.py makes of packed numbers. The interpreter takes the bits of bfloat16 for integers.
+# What wide.py multiplies. The interpreter takes the bits of bfloat16 for integers.
 WIDE = torch.float16 if INTERPRETED else torch.bfloat16
 LEAST = 1024  # inputs from which on a row is worth a ring
 
@@ -52,21 +51,22 @@ class Products:
 
     # ---- which kernel
 
-    def arranges(self, weight: Weight) -> bool:
-        """Whether products of several rows with it want their inputs `arranged`: wide.py's."""
+    def is_wide(self, weight: Weight, whole: bool = False) -> bool:
+        """Whether wide.py is there for products of several rows with it. `whole`: they can't be
+        left in parts, so that of plain numbers there must be tiles for most multiprocessors."""
+        enough = not whole or weight.shape[0] >= 192 * self.multiprocessors
         return (
             (INTERPRETED or self.capability[0] == 9)
-            and isinstance(weight, Packed)
             and self.dtype == WIDE
             and weight.shape[1] % 128 == 0
-            and weight.format.group in (0, 64)
+            and (enough if isinstance(weight, Tensor) else weight.format.group in (0, 64))
         )
 
-    def blocks(self, rows: int, weight: Weight, arranged: bool = False) -> Blocks:
+    def blocks(self, rows: int, weight: Weight, wide: bool = False, gated: bool = False) -> Blocks:
         """What a product gets; of which kernel these are says which kernel it is."""
         (outputs, inputs), kind = weight.shape, kind_of(weight)
-        if arranged:
-            return wide_blocks(rows, outputs, inputs, kind, self.multiprocessors)
+        if wide:
+            return wide_blocks(rows, outputs, inputs, kind, self.multiprocessors, gated)
         if rows == 1 and inputs >= LEAST and self._can_stream(weight):
             return self._fitting(weight, stream_blocks(outputs, inputs, kind, self.multiprocessors))
         return some_rows_blocks(rows, outputs, inputs, kind)
@@ -108,7 +108,7 @@ class Products:
         *,
         norm: tuple[Tensor, float] | None = None,
         rotation: Rotation | None = None,
-        arranged: bool = False,
+        wide: bool = False,
         blocks: Blocks | None = None,
     ) -> Tensor:
         """x (R, K) times weight (N, K), and the epilogue, into `out`, which is returned.
@@ -116,14 +116,14 @@ class Products:
         STORE: out (R, N), of any float dtype. ADD: added to out (R, N). GATE: the weight is w1 over
         w3, out (R, N / 2) is silu(w1 x) * w3 x. ROTATE: the weight is wq over wk over wv, out (R,
         H, E) are the rotated queries, and `rotation` says where keys and values go. `norm` (weight,
-        eps) is that of x, for products of which `norms` says so. `arranged`: the numbers of x, and
-        of a gated `out`, lie as epilogues.arranged_place says, for a weight of which `arranges`
-        says so; STORE and GATE only, see `parts`. Packed weights are read as they are. `blocks`
-        overrules the tables of tuning.py.
+        eps) is that of x, for products of which `norms` says so. `wide`: by wide.py, if `is_wide`
+        says so; STORE and GATE only, see `parts`. Packed weights are read as they are; wide.py
+        wants, and gates, numbers that lie as epilogues.arranged_place says if the weight is packed.
+        `blocks` overrules the tables of tuning.py.
         """
         rows, inputs = x.shape
         outputs = weight.shape[0]
-        blocks = blocks or self.blocks(rows, weight, arranged)
+        blocks = blocks or self.blocks(rows, weight, wide, epilogue is GATE)
         if isinstance(blocks, Wide):
             assert epilogue in (STORE, GATE), epilogue
             self._wide(x, weight, out, epilogue, blocks._replace(split=1))
@@ -151,8 +151,8 @@ class Products:
         return out
 
     def parts(self, x: Tensor, weight: Weight, blocks: Wide | None = None) -> Tensor:
-        """x (R, K), arranged, times weight (N, K) of which `arranges` says so: (S, R, N) float32,
-        which whoever reads them adds up. They are scratch, up to the next product."""
+        """x (R, K) times weight (N, K), by wide.py: (S, R, N) float32, which whoever reads them
+        adds up. They are scratch, up to the next product."""
         rows, outputs = len(x), weight.shape[0]
         chosen = blocks or self.blocks(rows, weight, True)
         assert isinstance(chosen, Wide), chosen
@@ -167,13 +167,14 @@ class Products:
         read, (outputs, inputs) = source(weight), weight.shape
         assert inputs % (blocks.block_k * blocks.split) == 0, (inputs, blocks)
         halves, n, k = 2 if epilogue is GATE else 1, blocks.block_n, blocks.block_k
+        assert halves == 1 or read.kind != PLAIN or n == 128, blocks
         columns = k // 2 if read.kind == INT4 else k
         launch(wide, (-(-outputs // (2 * n)), blocks.split))(
             TensorDescriptor.from_tensor(x, [blocks.padded, k], rows_memory()),
             described(_bytes(read.weight), halves, n, columns), read.scale, len(x), outputs, out,
             K=inputs, RP=blocks.padded, BLOCK_N=n, BLOCK_K=k, SPLIT=blocks.split,
             STAGES=blocks.stages, KIND=read.kind, EPILOGUE=epilogue, num_warps=WARPS.value,
-            **_registers(blocks), **self.extra,
+            **_registers(blocks, read.kind == PLAIN), **self.extra,
         )  # fmt: skip
 
     def _stream(
@@ -218,10 +219,11 @@ class Products:
         return tiles
 
 
-def _registers(blocks: Wide) -> dict[str, int | None]:
+def _registers(blocks: Wide, plain: bool) -> dict[str, int | None]:
     """Of a thread that multiplies, and of all on average: as few as do, so that kernels before and
     after have room on the same multiprocessor."""
-    multiplying = 104 if blocks.programs == 2 else 168 if blocks.block_n == 64 else 232
+    few = blocks.block_n == 64 or plain
+    multiplying = 104 if blocks.programs == 2 else 168 if few else 232
     most = -(-(2 * multiplying + 24) // 24) * 8  # a third of the warps has 24, in steps of 8
     return {"REGISTERS": multiplying, "maxnreg": most}
 

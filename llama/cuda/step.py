@@ -33,7 +33,7 @@ from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.sampling import Sampler
 from llama.cuda.shifts import Shifts
-from llama.cuda.tuning import LONG, MOST_ROWS, power_of_two
+from llama.cuda.tuning import LEAST_WIDE, LONG, MOST_ROWS, power_of_two
 from llama.cuda.weights import Weight, kind_of, source, table_row
 from llama.model import Transformer
 from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WORD, SamplingParams
@@ -100,9 +100,9 @@ def _advance(  # type: ignore[no-untyped-def]
     tl.store(lengths + r, tl.where(live & ~ended, position + 2, 0), mask=real)
 
 
-def most_rows(weight: Weight) -> int:
+def most_rows(weight: Weight, wide: bool) -> int:
     """Of a product with it by our kernels."""
-    return MOST_ROWS[kind_of(weight)]
+    return MOST_ROWS["wide" if wide else kind_of(weight)]
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,11 @@ class CapturedStep:
         heads, kv_heads = args.n_heads, args.n_kv_heads
         self.attend = DecodeAttention(max_rows, heads, kv_heads, args.head_dim, device)
         self.forward = FlatForward(model, self.attend)
-        self.most_rows = [min(map(most_rows, block.products())) for block in self.forward.blocks]
         self.products = Products(device, model.norm.weight.dtype)
-        self.arranged = [
-            all(map(self.products.arranges, block.products())) for block in self.forward.blocks
+        self.wide = [self._is_wide(block) for block in self.forward.blocks]
+        self.most_rows = [
+            min(most_rows(weight, wide) for weight in block.products())
+            for block, wide in zip(self.forward.blocks, self.wide, strict=True)
         ]
         self._reserve()
         self.scratch = Scratch(self.forward, max_rows)
@@ -299,16 +300,25 @@ class CapturedStep:
     def _reserve(self) -> None:
         """Scratch for the products of every row count, before any is captured."""
         every = [(self.forward.output, False)]  # and whether it is left in parts
-        for block in self.forward.blocks:
-            every += zip(block.products(), (True, True, False, True), strict=True)
-        kinds = {(*w.shape, kind_of(w), self.products.arranges(w), left): w for w, left in every}
-        for (*_, arranges, left), weight in kinds.items():
+        for block, wide in zip(self.forward.blocks, self.wide, strict=True):
+            every += [(weight, wide and weight is not block.w13) for weight in block.products()]
+        kinds = {(*w.shape, kind_of(w), parts): w for w, parts in every}
+        for (*_, parts), weight in kinds.items():
             rows = 1
-            while rows <= min(most_rows(weight), self.max_rows * 2 - 1):
-                for arranged in {False, arranges and left}:
-                    blocks = self.products.blocks(rows, weight, arranged)
-                    self.products.reserve(weight.shape[0], blocks)
+            while rows <= min(most_rows(weight, parts), self.max_rows * 2 - 1):
+                for wide in {False, parts}:
+                    self.products.reserve(weight.shape[0], self.products.blocks(rows, weight, wide))
                 rows *= 2
+
+    def _is_wide(self, block: Block) -> bool:
+        """Whether several rows go through the layer by wide.py."""
+        wqkv, wo, w13, w2 = every = block.products()
+        one = len({isinstance(weight, Tensor) for weight in every}) == 1
+        return (
+            one
+            and self.products.is_wide(w13, True)
+            and all(map(self.products.is_wide, (wqkv, wo, w2)))
+        )
 
     def _send(self, target: Tensor, source: Tensor) -> None:
         if self.device.type == "cuda":
@@ -335,7 +345,7 @@ class CapturedStep:
     def _step(self, key: Key) -> None:
         """Embedding, layers, choice, and what the next step starts from."""
         s, n, model = self.scratch, key.rows, self.forward.model
-        size = model.params.head_dim // 2
+        size, self.left = model.params.head_dim // 2, None
         dim, table = model.params.dim, source(self.forward.table)
         launch(_begin, (n,))(
             self.tokens, self.positions, self.slots, table.weight, table.scale,
@@ -346,8 +356,8 @@ class CapturedStep:
         for layer, block in enumerate(self.forward.blocks):
             if n > self.most_rows[layer]:
                 self._many(n, layer, block, key.long)
-            elif n > 1 and self.arranged[layer]:
-                self._packed(n, layer, block, key.long)
+            elif self.wide[layer] and n >= LEAST_WIDE[kind_of(block.wqkv)]:
+                self._wide(n, layer, block, key.long)
             else:
                 self._few(n, layer, block, key.long)
         logits = self._logits(n)
@@ -385,17 +395,18 @@ class CapturedStep:
         multiply(h, block.w13, s.gated[:n], GATE, norm=norm)
         multiply(s.gated[:n], block.w2, s.x[:n], ADD)
 
-    def _packed(self, n: int, layer: int, block: Block, long: bool) -> None:
+    def _wide(self, n: int, layer: int, block: Block, long: bool) -> None:
         """The same where products leave parts of their sums, which the next kernel adds up."""
         s, k, v, multiply = self.scratch, self.cache.k[layer], self.cache.v[layer], self.products
         heads, kv_heads = self.forward.heads, self.forward.kv_heads
-        h, _ = self._norm(n, block.attention_norm, arranged=True)
+        arranged = not isinstance(block.wqkv, Tensor)
+        h, _ = self._norm(n, block.attention_norm, arranged=arranged)
         qkv = multiply.parts(h, block.wqkv)
         rotate_and_store(qkv, s.cos, s.sin, s.places, k, v, heads, kv_heads, out=s.q[:n])
-        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long, True)
+        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long, arranged)
         self.left = multiply.parts(s.attended[:n].flatten(1), block.wo)
-        h, _ = self._norm(n, block.ffn_norm, arranged=True)
-        multiply(h, block.w13, s.gated[:n], GATE, arranged=True)
+        h, _ = self._norm(n, block.ffn_norm, arranged=arranged)
+        multiply(h, block.w13, s.gated[:n], GATE, wide=True)
         self.left = multiply.parts(s.gated[:n], block.w2)
 
     def _many(self, n: int, layer: int, block: Block, long: bool) -> None:
@@ -416,10 +427,11 @@ class CapturedStep:
     def _logits(self, n: int) -> Tensor:
         """Logits (n, V) float32 of the states."""
         weight, output = self.forward.model.norm.weight, self.forward.output
-        ours = n <= most_rows(output)
-        arranged = ours and n > 1 and self.products.arranges(output)
+        wide = self.products.is_wide(output, True) and n >= LEAST_WIDE[kind_of(output)]
+        ours = n <= most_rows(output, wide)
+        arranged = ours and wide and not isinstance(output, Tensor)
         h, norm = self._norm(n, weight, output if ours else None, arranged)
         logits = self.scratch.logits[:n]
         if ours:
-            return self.products(h, output, logits, STORE, norm=norm, arranged=arranged)
+            return self.products(h, output, logits, STORE, norm=norm, wide=wide)
         return self.forward.logits_into(h, logits)

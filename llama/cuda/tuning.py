@@ -5,9 +5,10 @@ Knows numbers only. `benchmarks/NOTES.md` says how they were measured.
 
 from typing import NamedTuple
 
-# Rows up to which our products are used, by kind: from there on torch's are as fast. Unpacking a
-# weight for torch costs more than it saves at every number that was measured, up to 128.
-MOST_ROWS = {"": 32, "int8": 128, "fp8": 128, "int4": 128}
+# Rows up to which our products are used, by kind, and by wide.py of all: from there on torch's are
+# as fast, or nothing was measured. Unpacking a weight for torch costs more than it saves.
+MOST_ROWS = {"": 32, "wide": 128, "int8": 128, "fp8": 128, "int4": 128}
+LEAST_WIDE = {"": 33, "int8": 2, "fp8": 2, "int4": 2}  # rows from which on wide.py is faster
 
 
 def power_of_two(n: int) -> int:
@@ -34,7 +35,7 @@ class Stream(NamedTuple):
 
 
 class Wide(NamedTuple):
-    """Of packed weights on Hopper (wide.py): rows as the tensor cores see them, outputs and inputs
+    """Of several rows on Hopper (wide.py): rows as the tensor cores see them, outputs and inputs
     that a group of warps multiplies in a turn, programs that share a sum, stages of the ring,
     programs of a multiprocessor."""
 
@@ -79,15 +80,19 @@ def _share(tiles: int, programs: int) -> float:
     return tiles / (programs * -(-tiles // programs))
 
 
-def wide_blocks(rows: int, outputs: int, inputs: int, kind: str, multiprocessors: int) -> Wide:
+def wide_blocks(
+    rows: int, outputs: int, inputs: int, kind: str, multiprocessors: int, gated: bool
+) -> Wide:
+    """`gated`: a tile of plain numbers then has 128 outputs, so that both of a pair are in one
+    thread."""
     padded, many = max(8, power_of_two(rows)), outputs > 16384
-    n = 128 if many and padded > 8 else 64
-    k = 64 if many and padded > 64 else 128
-    programs = 2 if many and padded == 8 else 1
+    n = 128 if (gated if not kind else many and padded > 8) else 64
+    k = 64 if not kind or (many and padded > 64) else 128
+    programs = 2 if kind and many and padded == 8 else 1
     split, tiles = 1, -(-outputs // (2 * n))
     while 2 * split * tiles <= multiprocessors and inputs % (8 * split * k) == 0:
         split *= 2  # each has four turns at least
-    stage = 2 * n * k // (2 if kind == "int4" else 1) + 2 * padded * k
+    stage = n * k * {"": 4, "int4": 1}.get(kind, 2) + 2 * padded * k
     return Wide(padded, n, k, split, min(12, 205_000 // programs // stage), programs)
 
 

@@ -24,6 +24,7 @@ from llama.cuda.epilogues import GATE, gate, numbered, pairs, store
 from llama.cuda.gluon import (
     constexpr_function,
     copy_tile,
+    flat,
     gl,
     jit,
     mbarrier,
@@ -35,7 +36,7 @@ from llama.cuda.gluon import (
 )
 from llama.cuda.launch import allow, wait
 from llama.cuda.numbers import INTERPRETED, bfloats_of_bytes, bfloats_of_nibbles
-from llama.cuda.weights import INT4
+from llama.cuda.weights import FP8, INT4, INT8, PLAIN
 
 GROUP = tl.constexpr(64)  # inputs of a pair of int4
 WARPS = tl.constexpr(4)  # of a group
@@ -45,22 +46,25 @@ WARPS = tl.constexpr(4)  # of a group
 
 
 @constexpr_function
-def weights_memory(columns):
-    """(H, N / H, columns) bytes."""
-    return gl.NVMMASharedLayout(min(128, columns), 8, 3)
+def weights_memory(columns, bits):
+    """(H, N / H, columns)."""
+    return gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 3)
 
 
 @constexpr_function
 def rows_memory():
-    """(RP, K)."""
+    """(RP, K), and (N, K) of plain weights."""
     return gl.NVMMASharedLayout(128, 16, 2)
 
 
 @constexpr_function
-def row_bits(block_n, halves, columns):
+def row_bits(block_n, halves, columns, plain):
     """The bits of an output's number in a tile, in the order in which the tensor cores have them:
     which of eight fours of threads (of those that read at a time, no two ask the same banks of
-    memory), which of the two of a thread, which warp, and which of a thread again."""
+    memory), which of the two of a thread, which warp, and which of a thread again. Of plain
+    weights, which no thread reads, they are as they are."""
+    if plain:
+        return tl.constexpr(powers(1, block_n))
     two = block_n // 2 if halves == 2 else 1
     apart = {32: (1, 2), 64: (1, 4), 128: (2, 4)}[min(128, columns)]
     others = [bit for bit in powers(1, block_n) if bit != two]
@@ -149,7 +153,8 @@ def _bring_weights(turn, slot, memory, source, TURNS: tl.constexpr):
     H: tl.constexpr = ring.shape[1]
     OUTPUTS: tl.constexpr = ring.shape[2]
     COLUMNS: tl.constexpr = ring.shape[3]
-    size: tl.constexpr = 2 * H * OUTPUTS * COLUMNS + 2 * of_rows.shape[1] * of_rows.shape[2]
+    weights: tl.constexpr = 2 * H * OUTPUTS * COLUMNS * (w.dtype.primitive_bitwidth // 8)
+    size: tl.constexpr = weights + 2 * of_rows.shape[1] * of_rows.shape[2]
     mbarrier.expect(ready.index(slot), size, turn < TURNS)
     for i in gl.static_range(2):
         at = [0, (2 * program + i) * OUTPUTS, (begin + turn) * COLUMNS]
@@ -234,7 +239,11 @@ def _turn(
     if KIND == INT4:
         soon = gl.load(at_pairs + gl.minimum(turn + 1, TURNS - 1) * pair.shape[1])
     mbarrier.wait(ready.index(slot), phase)
-    a = _weights(ring.index(2 * slot + ME), pair, KIND, BITS, MMA)
+    a = ring.index(2 * slot + ME)
+    if KIND == PLAIN:  # noqa: SIM108 (Triton)
+        a = flat(a, rows_memory())
+    else:
+        a = _weights(a, pair, KIND, BITS, MMA)
     b = of_rows.index(slot).permute([1, 0])
     z = warpgroup_mma(a, b, z, use_acc=not FIRST, is_async=True)
     slot, phase = _next(slot, phase, of_rows.shape[0])
@@ -262,7 +271,7 @@ def _multiply(
     BLOCK_N: tl.constexpr = H * ring.shape[2]
     RP: tl.constexpr = of_rows.shape[1]
     GROUPS: tl.constexpr = of_rows.shape[2] // GROUP
-    BITS: tl.constexpr = row_bits(BLOCK_N, H, ring.shape[3])
+    BITS: tl.constexpr = row_bits(BLOCK_N, H, ring.shape[3], KIND == PLAIN)
     MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RP, 16])
     tile = 2 * program + ME
     pair, at_pairs = 0, 0
@@ -308,13 +317,13 @@ def _multiply(
     y = gl.convert_layout(gl.reshape(y, [BLOCK_N, RP]), SUMS, assert_trivial=True)
     n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))
     r = gl.arange(0, RP, gl.SliceLayout(0, SUMS))[None, :]
-    if KIND != INT4:
+    if KIND == INT8 or KIND == FP8:  # noqa: SIM109 (Triton)
         j = gl.minimum(tile * (BLOCK_N // H) + n % (BLOCK_N // H), n_outputs // H - 1)
         y *= gl.load(scale + n // (BLOCK_N // H) * (n_outputs // H) + j)[:, None]
     if EPILOGUE == GATE:
         n, r = numbered(n[:, None] * RP + r, tile * BLOCK_N, GATE, BLOCK_N, RP, True)
         a, b = pairs(y, BLOCK_N, RP, True)
-        gate(a, b, n, r, rows, n_outputs, out, True)
+        gate(a, b, n, r, rows, n_outputs, out, KIND != PLAIN)
     else:
         out += (begin // TURNS).to(gl.int64) * rows * n_outputs
         store(y, tile * BLOCK_N + n[:, None], r, rows, n_outputs, out, False)
@@ -333,7 +342,9 @@ def wide(
     H: tl.constexpr = 2 if EPILOGUE == GATE else 1
     TURNS: tl.constexpr = K // BLOCK_K // SPLIT
     ring = gl.allocate_shared_memory(
-        w.dtype, [2 * STAGES, H, BLOCK_N // H, COLUMNS], weights_memory(COLUMNS)
+        w.dtype,
+        [2 * STAGES, H, BLOCK_N // H, COLUMNS],
+        weights_memory(COLUMNS, w.dtype.primitive_bitwidth),
     )
     of_rows = gl.allocate_shared_memory(x.dtype, [STAGES, RP, BLOCK_K], rows_memory())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
