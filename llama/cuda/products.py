@@ -1,9 +1,9 @@
 """Products of a few rows with a weight, at the speed at which the weight can be read.
 
-Launches three kernels, each of which reads a weight once: stream.py of one row, wide.py of packed
-weights and several rows on Hopper, tiles.py of everything else. They share what becomes of a
-product (epilogues.py). Knows no layers. The surprising thing: there is no choice of a kernel at
-run time; what a weight is and how many rows there are say which, and tuning.py with which blocks.
+Launches three kernels, each of which reads a weight once: stream.py of one row, wide.py of several
+on Hopper, tiles.py of everything else. They share what becomes of a product (epilogues.py). Knows
+no layers. The surprising thing: there is no choice of a kernel at run time; what a weight is and
+how many rows there are say which, and tuning.py with which blocks.
 
 Letters: R rows, N outputs, K inputs, H query heads, E head size.
 """

@@ -1,8 +1,8 @@
 """Products of a few rows on the tensor cores, of weights as they lie: plain, int8, fp8 or int4.
 
-What there is where neither stream.py nor wide.py serves: several rows with plain weights, any rows
-in float32, packed weights on other GPUs than Hopper. The surprising thing: the halves of int4's
-bytes are two tiles, each multiplied by the inputs that are its own, so no tile is put in order.
+What there is where neither stream.py nor wide.py serves: a few rows with plain weights, any rows in
+float32, other GPUs than Hopper. The surprising thing: the halves of int4's bytes are two tiles,
+each multiplied by the inputs that are its own, so no tile is put in order.
 
 Letters: N outputs, K inputs, RP rows as the tensor cores see them, G of a group.
 """

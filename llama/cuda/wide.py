@@ -1,14 +1,15 @@
-"""Products of packed weights with 2 to 128 rows, on Hopper's tensor cores.
+"""Products of 2 to 128 rows on Hopper's tensor cores, with packed weights or plain ones.
 
 One warp has the copy engine fill a ring in shared memory with weights and rows. Two groups of four
-warps each take their own packed weights from it, make them bfloat16 in registers, and hand those to
-the wide matrix instruction, which reads the rows from shared memory by itself; while it does, the
-next ones are made. Where programs share the inputs, each leaves its part of the sums, and whoever
-reads them adds up (rows.py).
+warps each multiply a tile of outputs with them. The wide matrix instruction reads the rows, and
+plain weights, from shared memory by itself; packed ones a group makes bfloat16 in registers, while
+the instruction works on those before. Where programs share the inputs, each leaves its part of the
+sums, and whoever reads them adds up (rows.py).
 
-The surprising thing: the rows come with their inputs in another order, in which eight bytes of a
-weight that lie side by side are what one thread has to hand over; whoever makes the rows puts them
-so (epilogues.arranged_place). Outputs are numbered by where the tensor cores have them, too.
+The surprising thing: beside packed weights the rows come with their inputs in another order, in
+which eight bytes of a weight that lie side by side are what one thread has to hand over; whoever
+makes the rows puts them so (epilogues.arranged_place). Their outputs are numbered by where the
+tensor cores have them, too.
 
 Letters: N outputs of a group, in H halves of the weight, two where w1 lies above w3; K inputs, RP
 rows as the tensor cores see them; a turn is what is multiplied at a time. The bits of an input's
@@ -336,8 +337,8 @@ def wide(
     EPILOGUE: tl.constexpr, OVERLAP: tl.constexpr, REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Two tiles of BLOCK_N outputs of RP rows over a SPLIT-th of the inputs: stored to `out`
-    (SPLIT, rows, outputs), or gated. x (rows, K), arranged, and the bytes w are described to the
-    copy engine; `scale` are those of outputs, or the pairs of int4."""
+    (SPLIT, rows, outputs), or gated. x (rows, K) and w, numbers or bytes, are described to the copy
+    engine; `scale` are those of outputs, or the pairs of int4."""
     COLUMNS: tl.constexpr = BLOCK_K // 2 if KIND == INT4 else BLOCK_K
     H: tl.constexpr = 2 if EPILOGUE == GATE else 1
     TURNS: tl.constexpr = K // BLOCK_K // SPLIT
