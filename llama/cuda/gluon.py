@@ -103,7 +103,7 @@ if INTERPRETED:
         return lambda *args: function(*(getattr(arg, "value", arg) for arg in args))
 
     copy_numbers = _copied
-    barrier = commit_group = wait_group = fence_async_shared = _nothing
+    barrier = commit_group = wait_group = _nothing
 
     class _Barriers:
         MBarrierLayout = init = expect = arrive = wait = staticmethod(_nothing)
@@ -156,7 +156,7 @@ else:
     commit_group, wait_group = async_copy.commit_group, async_copy.wait_group
     mbarrier, tma, warpgroup_mma = hopper.mbarrier, hopper.tma, hopper.warpgroup_mma
     warpgroup_mma_init, warpgroup_mma_wait = hopper.warpgroup_mma_init, hopper.warpgroup_mma_wait
-    fence_async_shared, TensorDescriptor = hopper.fence_async_shared, host.TensorDescriptor
+    TensorDescriptor = host.TensorDescriptor
 
     def _named(module, *names):
         """What has one of these names, the latest of which comes first."""

@@ -219,7 +219,7 @@ class Products:
         return tiles
 
 
-def _registers(blocks: Wide, plain: bool) -> dict[str, int | None]:
+def _registers(blocks: Wide, plain: bool) -> dict[str, int]:
     """Of a thread that multiplies, and of all on average: as few as do, so that kernels before and
     after have room on the same multiprocessor."""
     few = blocks.block_n == 64 or plain
