@@ -50,8 +50,8 @@ def product_of(weight: Weight) -> Product:
     return (*weight.shape, kind_of(weight))
 
 
-def product_candidates(weight: Weight, rows: int, products: Products, whole: bool) -> list[Blocks]:
-    """Of the kernel that such a product has. `whole`: it can't be left in parts."""
+def product_candidates(name: str, weight: Weight, rows: int, products: Products) -> list[Blocks]:
+    """Of the kernel that the product of that name has."""
     now = products.blocks(rows, weight)
     outputs, inputs = weight.shape
     if isinstance(now, tuning.Stream):
@@ -59,15 +59,16 @@ def product_candidates(weight: Weight, rows: int, products: Products, whole: boo
     padded = now.padded
     if isinstance(now, tuning.Wide):
         found: list[Blocks] = []
-        tiles = itertools.product((64, 128), (64, 128), (1,) if whole else (1, 2, 4, 8), (1, 2))
-        for n, k, split, programs in tiles:
-            packed = source(weight).weight
-            turn = 2 * n * k * packed.shape[1] * packed.itemsize // inputs + 2 * padded * k
-            stages = min(12, 205_000 // programs // turn)
-            blocks = tuning.Wide(padded, n, k, split, stages, programs)
-            fits = stages > 2 and inputs % (k * split) == 0 and (programs == 1 or padded <= 32)
-            if fits and (packed.itemsize == 1 or (k == 64 and (n == 128 or not whole))):
-                found.append(blocks)
+        read, plain = source(weight).weight, isinstance(weight, torch.Tensor)
+        splits = (1,) if name in ("w13", "output") else (1, 2, 4, 8)  # these can't be in parts
+        for n, k, split in itertools.product((64, 128), (64,) if plain else (64, 128), splits):
+            turn = 2 * n * k * read.shape[1] * read.itemsize // inputs + 2 * padded * k
+            if inputs % (k * split) or (plain and name == "w13" and n == 64):
+                continue
+            for programs in (1, 2) if padded <= 32 else (1,):
+                stages = min(12, 205_000 // programs // turn)
+                if stages > 2:
+                    found.append(tuning.Wide(padded, n, k, split, stages, programs))
     else:
         tiles = [(64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 64, 8), (128, 128, 8)]
         found = [
@@ -227,8 +228,7 @@ def tune(
     for name, weight in tried.weights.items():
         if name in only:
             title, product = f"{name} {kind_of(weight)}".rstrip(), product_of(weight)
-            whole = name in ("w13", "output")
-            some = product_candidates(weight, rows, tried.step.products, whole)
+            some = product_candidates(name, weight, rows, tried.step.products)
             tried.sweep(title, product, some, contexts[0], best)
     for context in contexts:
         table_of_attention(context)

@@ -17,6 +17,8 @@ from llama.model import ModelArgs, Transformer, attend_decode, rotate
 
 pytest.importorskip("triton", reason="needs triton: pip install 'llama[test]'")
 
+import cubins
+
 from llama import cuda
 from llama.cuda.forward import FlatForward, joined
 from llama.cuda.prefill import Tiling, attend_runs, tile_table, tiling
@@ -314,8 +316,8 @@ def test_what_is_not_supported_is_said(monkeypatch):
 
 
 COMPILE = """
-import os, subprocess, tempfile
 import triton
+from cubins import spilled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from llama.cuda import prefill, rows
@@ -362,13 +364,7 @@ for dtype in ("bf16", "fp32"):
         rows._silu_multiply, dict(joined=x, out=x), dict(joined_row="i32", out_row="i32"),
         dict(F=14336, BLOCK=2048, OVERLAP=True),
     )
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(attend.asm["cubin"])
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert " STACK:0 " in usage, usage  # nothing spilled
+    assert spilled(attend) == 0
     assert dtype == "fp32" or "wgmma.mma_async" in attend.asm["ptx"]
     assert "griddepcontrol.wait" in attend.asm["ptx"]
 print("compiled")
@@ -376,18 +372,12 @@ print("compiled")
 
 
 def test_the_kernels_compile_for_compute_capability_9(tmp_path):
-    triton = pytest.importorskip("triton")
-    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    for tool in ("ptxas", "cuobjdump"):
-        if not os.path.exists(os.path.join(folder, tool)):
-            pytest.skip(f"this triton comes without {tool}")
+    cubins.need_tools()
     file = tmp_path / "compiling.py"  # kernels are read from a file
     file.write_text(COMPILE)
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(file)]
     root = os.path.dirname(os.path.dirname(cuda.__path__[0]))
-    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
+    env = cubins.environment(root) | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(file)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "compiled\n"), done.stderr
 

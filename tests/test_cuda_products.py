@@ -1,7 +1,6 @@
 """The kernels of few rows against plain torch: in Triton's interpreter, or on a GPU where there is
 one (the real shapes only there)."""
 
-import os
 import subprocess
 import sys
 
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 cuda = pytest.importorskip("triton", reason="triton is not installed") and pytest.importorskip(
     "llama.cuda.products"
 )
+import cubins  # noqa: E402
+
 from llama.cuda import attention  # noqa: E402
 from llama.cuda.attention import DecodeAttention  # noqa: E402
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation  # noqa: E402
@@ -207,7 +208,8 @@ def test_real_attention(rows, longest, heads, kv, size):
 
 
 COMPILE = """
-import os, subprocess, tempfile, torch, triton
+import torch
+from cubins import spilled
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -227,14 +229,6 @@ def only(self, *args, grid, warmup, **options):
     ptx = kernel.asm["ptx"]
     counts = [ptx.count(word) for word in ("griddepcontrol.wait", "mma", "cp.async.bulk.tensor")]
     print(self.__name__, len(kernel.asm["cubin"]), kernel.metadata.shared, *counts, spilled(kernel))
-def spilled(kernel):
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(usage.split(" STACK:")[1].split()[0])
 JITFunction.run = only
 from llama.cuda import attention, products as room
 from llama.checkpoint.packed import Format, Packed
@@ -287,12 +281,9 @@ for kind in ("", "int4"):
 def test_kernels_compile_for_compute_capability_9_without_a_gpu():
     """What the interpreter cannot show: each waits for what was launched before it, has products on
     the tensor cores, and of a row, a ring that the copy engine fills, of the size that is known."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    if "ptxas" in done.stderr and "not found" in done.stderr.lower():
-        pytest.skip("this triton brings no ptxas")
+    cubins.need_tools()
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=cubins.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     found = [(name, *map(int, numbers)) for name, *numbers in lines if name != "expected"]
