@@ -23,6 +23,7 @@ from test_cuda_step import small
 from llama.checkpoint.packed import Format
 from llama.cuda import products, step, tuning
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
+from llama.cuda.rows import rotate_and_store
 from llama.cuda.step import CapturedStep, Row
 from llama.cuda.tuning import Stream, Wide, some_rows_blocks, stream_blocks, wide_blocks
 from llama.sampling import SamplingParams
@@ -147,9 +148,13 @@ def test_many_rows_of_plain_weights(multiply, rows):  # noqa: F811
     left_in_parts(x, *weight_of(272, 384, None), x, Wide(padded, 64, 64, 3, 4))
 
 
+KERNELS = [(1, RINGS[0]), *([(5, WIDE[0][1])] if HOPPER else [])]
+
+
+@pytest.mark.parametrize(("rows", "blocks"), KERNELS, ids=str)
 @pytest.mark.parametrize("format", [Format("int8"), Format("int4", 64)], ids=str)
-def test_queries_and_keys_are_rotated_and_stored(multiply, format):  # noqa: F811
-    rows, heads, kv, size, slots, longest = 1, 4, 2, 8, 6, 5
+def test_queries_and_keys_are_rotated_and_stored(multiply, rows, blocks, format):  # noqa: F811
+    heads, kv, size, slots, longest = 4, 2, 8, 6, 5
     weight, numbers = weight_of(64, 768, format)
     x = randn(rows, 768, dtype=DTYPE)
     cos, sin = randn(rows, size // 2, seed=2), randn(rows, size // 2, seed=3)
@@ -157,8 +162,14 @@ def test_queries_and_keys_are_rotated_and_stored(multiply, format):  # noqa: F81
     position = torch.tensor([2, 5, 0, 4, 1][:rows], device=DEVICE)  # the second has no place
     k, v = (torch.zeros(slots, longest, kv, size, device=DEVICE) for _ in range(2))
     q = torch.full((rows, heads, size), NAN, device=DEVICE)
-    where = Rotation(cos, sin, slot, position, k, v)
-    multiply(x, weight, q, ROTATE, rotation=where, blocks=RINGS[0])
+    if rows == 1:
+        where = Rotation(cos, sin, slot, position, k, v)
+        multiply(x, weight, q, ROTATE, rotation=where, blocks=blocks)
+    else:
+        parts = Products(DEVICE, DTYPE).parts(arranged(x), weight, blocks)
+        there = (slot >= 0) & (position < longest)
+        places = torch.where(there, slot * longest + position, -1)
+        rotate_and_store(parts, cos, sin, places, k, v, heads, kv, q)
     y = (x.double() @ numbers.T).view(rows, heads + 2 * kv, size)
     close(q, rotated(y[:, :heads], cos, sin), DTYPE)
     expected_k, expected_v = torch.zeros_like(k), torch.zeros_like(v)
@@ -217,6 +228,27 @@ def test_a_step_of_several_rows_by_wide_products_is_the_one_without(recipe, rows
     plain = logits_of(model, rows, monkeypatch, is_wide=lambda *_: False)
     for mine, theirs in zip(ours, plain, strict=True):
         close(mine, theirs, DTYPE)
+
+
+@pytest.mark.parametrize("least", [2, 3])
+@pytest.mark.parametrize("recipe", [None, "int4"])
+def test_scratch_of_captured_products_stays_where_it_is(recipe, least, monkeypatch):
+    """A graph knows its address, so no number of rows may need more."""
+    shape = dict(dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=256, n_layers=1)
+    model = quantized_model(recipe, DTYPE, **shape) if recipe else small(**shape).to(DTYPE)
+    monkeypatch.setattr(step, "LEAST_WIDE", dict.fromkeys(step.LEAST_WIDE, least))
+    some = products.some_rows_blocks
+    split = lambda *given: some(*given)._replace(split=2, block_k=64)  # noqa: E731
+    monkeypatch.setattr(products, "some_rows_blocks", split)
+    made = CapturedStep(model, model.new_cache(4, 8), 4)
+    scratch = [(t.data_ptr(), t.numel()) for t in (made.products.partial, made.products.arrived)]
+    for rows in (1, 2, 3, 4):
+        greedy = SamplingParams(temperature=0)
+        made.load([Row(5 + r, 1, r, (), 9, 0, greedy, ()) for r in range(rows)])
+        made.launch()
+        made.read()
+    now = [(t.data_ptr(), t.numel()) for t in (made.products.partial, made.products.arrived)]
+    assert now == scratch
 
 
 # ---- the tables

@@ -42,6 +42,14 @@ def output_row(j, n_outputs, PAIRED: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
+def half_row(base, n, begin, n_outputs, BLOCK_N: tl.constexpr, H: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
+    """`base` and the weight rows of outputs n of a tile, which has as many of each of H halves of
+    the weight, from row `begin` of a half on; the last row for outputs that there are not."""
+    j = tl.minimum(begin + n % (BLOCK_N // H), n_outputs // H - 1)
+    return base + n // (BLOCK_N // H) * (n_outputs // H) + j
+
+
+@triton.jit
 def arranged_place(c):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
     """Where number c of a row goes that wide.py will read: within its sixty-four, bits h t t i j p
     become h i j t t p."""

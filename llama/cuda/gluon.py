@@ -13,6 +13,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from llama.cuda.launch import INTERPRETED
 
@@ -181,6 +182,32 @@ else:
         """Its first two dimensions as one."""
         shape: tl.constexpr = [memory.shape[0] * memory.shape[1], memory.shape[2]]
         return as_rows(memory, shape, layout)
+
+
+@constexpr_function
+def tiles_memory(columns, bits):
+    """(H, N / H, columns) of a matrix in H halves, as the copy engine brings it."""
+    return gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 3)
+
+
+def described(tensor: Tensor, halves: int, block_n: int, columns: int) -> object:
+    """A matrix, in halves one above the other, as the copy engine brings tiles of it."""
+    rows, inputs = tensor.shape
+    return TensorDescriptor.from_tensor(
+        tensor.view(halves, rows // halves, inputs),
+        [halves, block_n // halves, columns],
+        tiles_memory(columns, 8 * tensor.itemsize),
+    )
+
+
+@jit
+def next_slot(slot, phase, STAGES: tl.constexpr):
+    """Of a ring, and which time around its barriers are in."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
 
 
 @constexpr_function

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.cuda.epilogues import ADD, GATE, ROTATE, STORE, Rotation
-from llama.cuda.gluon import TensorDescriptor
+from llama.cuda.gluon import TensorDescriptor, described
 from llama.cuda.launch import INTERPRETED, capability, launch, multiprocessors_and_memory, overlap
-from llama.cuda.stream import described, shared_memory, stream, turn_of
+from llama.cuda.stream import shared_memory, stream, turn_of
 from llama.cuda.tiles import some_rows
 from llama.cuda.tuning import (
     Blocks,

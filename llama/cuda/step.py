@@ -306,8 +306,8 @@ class CapturedStep:
         for (*_, parts), weight in kinds.items():
             rows = 1
             while rows <= min(most_rows(weight, parts), self.max_rows * 2 - 1):
-                for wide in {False, parts}:
-                    self.products.reserve(weight.shape[0], self.products.blocks(rows, weight, wide))
+                wide = parts and rows >= LEAST_WIDE[kind_of(weight)]
+                self.products.reserve(weight.shape[0], self.products.blocks(rows, weight, wide))
                 rows *= 2
 
     def _is_wide(self, block: Block) -> bool:

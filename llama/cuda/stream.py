@@ -21,11 +21,9 @@ which of four threads side by side; eight such fours have eight outputs.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from llama.cuda.epilogues import GATE, finish, numbered
+from llama.cuda.epilogues import GATE, finish, half_row, numbered
 from llama.cuda.gluon import (
-    TensorDescriptor,
     as_rows,
     barrier,
     commit_group,
@@ -36,7 +34,9 @@ from llama.cuda.gluon import (
     jit,
     mbarrier,
     mma_v2,
+    next_slot,
     powers,
+    tiles_memory,
     wait_group,
 )
 from llama.cuda.launch import allow, wait
@@ -118,9 +118,9 @@ def copy_layout(columns, vector, warps):
 @constexpr_function
 def ring_memory(columns, bits, bulk):
     """(H, N / H, columns): the 16-byte words of 128 bytes change places, another way a row."""
-    wide = min(128, columns * bits // 8)
     if bulk:
-        return gl.NVMMASharedLayout(wide, bits, 3)
+        return tiles_memory(columns, bits)
+    wide = min(128, columns * bits // 8)
     return gl.SwizzledSharedLayout(128 // bits, 128 // wide, wide // 16, [2, 1, 0])
 
 
@@ -330,8 +330,7 @@ def _finish(
     """What becomes of the rows m of a tile, as the tensor cores number them."""
     n = m // 8 * 8 + (m & 1) * 4 + (m & 2) + (m & 4) // 4
     if KIND == INT8 or KIND == FP8:  # noqa: SIM109 (Triton)
-        j = gl.minimum(first // H + n % (BLOCK_N // H), n_outputs // H - 1)
-        z *= gl.load(scale + n // (BLOCK_N // H) * (n_outputs // H) + j)
+        z *= gl.load(half_row(scale, n, first // H, n_outputs, BLOCK_N, H))
     n, r = numbered(_natural(n, BLOCK_N), first, EPILOGUE, BLOCK_N, 1, H == 2)
     finish(
         _natural(z, BLOCK_N), n, r, 1, n_outputs, out, cos, sin, slots, positions, k, v, T,
@@ -469,10 +468,7 @@ def stream(
                 y += o * total
             else:
                 y = mma_v2(a, b, y)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = next_slot(slot, phase, STAGES)
         # What the columns say, of all runs and all warps
         column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, MMA)))[None, None, :]
         worth = gl.where(column == 0, 1.0, 0.0)
@@ -520,12 +516,3 @@ def shared_memory(read: Source, inputs: int, blocks: Stream) -> int:
     part = -(-inputs // (turn * blocks.split)) * turn
     row: int = room_for(part, turn) * max(2, planes_of(read.kind))
     return ring + row + 4 * blocks.warps * blocks.block_n
-
-
-def described(tensor: Tensor, halves: int, block_n: int, columns: int) -> object:
-    """A matrix, in halves one above the other, as the copy engine brings tiles of it."""
-    rows, inputs = tensor.shape
-    layout = ring_memory(columns, 8 * tensor.itemsize, True)
-    return TensorDescriptor.from_tensor(
-        tensor.view(halves, rows // halves, inputs), [halves, block_n // halves, columns], layout
-    )

@@ -21,7 +21,7 @@ number in sixty-four, from the last one on, are p of a pair, j, i, t which of fo
 
 import triton.language as tl
 
-from llama.cuda.epilogues import GATE, gate, numbered, pairs, store
+from llama.cuda.epilogues import GATE, gate, half_row, numbered, pairs, store
 from llama.cuda.gluon import (
     constexpr_function,
     copy_tile,
@@ -29,7 +29,9 @@ from llama.cuda.gluon import (
     gl,
     jit,
     mbarrier,
+    next_slot,
     powers,
+    tiles_memory,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -44,12 +46,6 @@ WARPS = tl.constexpr(4)  # of a group
 
 
 # ---- where numbers lie
-
-
-@constexpr_function
-def weights_memory(columns, bits):
-    """(H, N / H, columns)."""
-    return gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 3)
 
 
 @constexpr_function
@@ -172,15 +168,6 @@ def _bring_rows(turn, slot, memory, source, TURNS: tl.constexpr):
 
 
 @jit
-def _next(slot, phase, STAGES: tl.constexpr):
-    slot += 1
-    if slot == STAGES:
-        slot = 0
-        phase ^= 1
-    return slot, phase
-
-
-@jit
 def _supply(memory, source, TURNS: tl.constexpr, OVERLAP: tl.constexpr):
     """The one warp: fill each slot, and each again when both groups are done with it."""
     _, free, _, of_rows = memory
@@ -195,7 +182,7 @@ def _supply(memory, source, TURNS: tl.constexpr, OVERLAP: tl.constexpr):
         mbarrier.wait(free.index(slot), phase)
         _bring_weights(turn, slot, memory, source, TURNS)
         _bring_rows(turn, slot, memory, source, TURNS)
-        slot, phase = _next(slot, phase, STAGES)
+        slot, phase = next_slot(slot, phase, STAGES)
 
 
 # ---- the product
@@ -227,12 +214,14 @@ def _weights(packed, pair, KIND: tl.constexpr, BITS: tl.constexpr, MMA: tl.const
 
 @jit
 def _turn(
-    z, pair, turn, slot, phase, memory, source, at_pairs, ME: tl.constexpr, TURNS: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, MMA: tl.constexpr, FIRST: tl.constexpr,
+    z, pair, before, slot, phase, turn, memory, source, at_pairs, ME: tl.constexpr,
+    TURNS: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, MMA: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Begin the products of a turn, which are added to z unless it is the FIRST one. Also returns
-    the pairs of the next turn, and where that is."""
-    ready, _, ring, of_rows = memory
+    """Begin the products of a turn, whose data are in `slot`, and wait for those of the turn
+    `before`, to which they are added, unless it is the FIRST one. Returns what the next turn
+    needs."""
+    ready, free, ring, of_rows = memory
     if INTERPRETED:  # one after the other
         _bring_weights(turn, slot, memory, source, TURNS)
         _bring_rows(turn, slot, memory, source, TURNS)
@@ -247,17 +236,11 @@ def _turn(
         a = _weights(a, pair, KIND, BITS, MMA)
     b = of_rows.index(slot).permute([1, 0])
     z = warpgroup_mma(a, b, z, use_acc=not FIRST, is_async=True)
-    slot, phase = _next(slot, phase, of_rows.shape[0])
-    return z, soon, slot, phase
-
-
-@jit
-def _all_but_one(z, slot, memory):
-    """Wait for the products before the last ones begun, which had their rows in `slot`."""
-    _, free, _, _ = memory
-    z = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[z]))
-    mbarrier.arrive(free.index(slot))
-    return z
+    soon_slot, phase = next_slot(slot, phase, of_rows.shape[0])
+    if not FIRST:
+        z = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[z]))
+        mbarrier.arrive(free.index(before))
+    return z, soon, slot, soon_slot, phase
 
 
 @jit
@@ -279,38 +262,28 @@ def _multiply(
     if KIND == INT4:
         PAIRS: tl.constexpr = pairs_layout(BITS, GROUPS)
         n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, PAIRS))
-        j = gl.minimum(tile * (BLOCK_N // H) + n % (BLOCK_N // H), n_outputs // H - 1)
-        row = n // (BLOCK_N // H) * (n_outputs // H) + j
+        row = half_row(0, n, tile * (BLOCK_N // H), n_outputs, BLOCK_N, H)
         group = begin * GROUPS + gl.arange(0, GROUPS, gl.SliceLayout(0, PAIRS))
         at_pairs = scale + row.to(gl.int64)[:, None] * (K // GROUP) + group[None, :]
         pair = gl.load(at_pairs)
     wait(OVERLAP)
     # Two sets of registers by turns: while the tensor cores read one, the other one is made.
-    FEW: tl.constexpr = 2 - TURNS % 2
     z = gl.full([BLOCK_N, RP], 0.0, gl.float32, MMA)
     before, slot, phase = 0, 0, 0
-    z, pair, slot, phase = _turn(
-        z, pair, 0, slot, phase, memory, source, at_pairs, ME, TURNS, KIND, BITS, MMA, True
+    z, pair, before, slot, phase = _turn(
+        z, pair, before, slot, phase, 0, memory, source, at_pairs, ME, TURNS, KIND, BITS, MMA, True
     )
-    if FEW == 2:
-        now = slot
-        z, pair, slot, phase = _turn(
-            z, pair, 1, slot, phase, memory, source, at_pairs, ME, TURNS, KIND, BITS, MMA, False
-        )
-        z = _all_but_one(z, before, memory)
-        before = now
-    for turn in range(FEW, TURNS, 2):
-        now = slot
-        z, pair, slot, phase = _turn(
-            z, pair, turn, slot, phase, memory, source, at_pairs, ME, TURNS, KIND, BITS, MMA, False
-        )
-        z = _all_but_one(z, before, memory)
-        before = slot
-        z, pair, slot, phase = _turn(
-            z, pair, turn + 1, slot, phase, memory, source, at_pairs, ME, TURNS, KIND, BITS, MMA,
+    if TURNS % 2 == 0:
+        z, pair, before, slot, phase = _turn(
+            z, pair, before, slot, phase, 1, memory, source, at_pairs, ME, TURNS, KIND, BITS, MMA,
             False,
         )  # fmt: skip
-        z = _all_but_one(z, now, memory)
+    for turn in range(2 - TURNS % 2, TURNS, 2):
+        for i in gl.static_range(2):
+            z, pair, before, slot, phase = _turn(
+                z, pair, before, slot, phase, turn + i, memory, source, at_pairs, ME, TURNS, KIND,
+                BITS, MMA, False,
+            )  # fmt: skip
     y = warpgroup_mma_wait(0, deps=[z])
     allow(OVERLAP)
     y = gl.permute(gl.reshape(y, as_bits(BITS, RP).value), from_tensor_cores(BITS).value)
@@ -319,8 +292,8 @@ def _multiply(
     n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))
     r = gl.arange(0, RP, gl.SliceLayout(0, SUMS))[None, :]
     if KIND == INT8 or KIND == FP8:  # noqa: SIM109 (Triton)
-        j = gl.minimum(tile * (BLOCK_N // H) + n % (BLOCK_N // H), n_outputs // H - 1)
-        y *= gl.load(scale + n // (BLOCK_N // H) * (n_outputs // H) + j)[:, None]
+        at = half_row(scale, n, tile * (BLOCK_N // H), n_outputs, BLOCK_N, H)
+        y *= gl.load(at)[:, None]
     if EPILOGUE == GATE:
         n, r = numbered(n[:, None] * RP + r, tile * BLOCK_N, GATE, BLOCK_N, RP, True)
         a, b = pairs(y, BLOCK_N, RP, True)
@@ -345,7 +318,7 @@ def wide(
     ring = gl.allocate_shared_memory(
         w.dtype,
         [2 * STAGES, H, BLOCK_N // H, COLUMNS],
-        weights_memory(COLUMNS, w.dtype.primitive_bitwidth),
+        tiles_memory(COLUMNS, w.dtype.primitive_bitwidth),
     )
     of_rows = gl.allocate_shared_memory(x.dtype, [STAGES, RP, BLOCK_K], rows_memory())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
