@@ -294,7 +294,7 @@ class Engine:
 
     def _known(self, slot: int, request: Request) -> int:
         """How many tokens of a prompt have their keys in a slot; one is always left to run."""
-        if request.params.prompt_logprobs:
+        if request.params.prompt_logprobs is not None:
             return 0
         both = zip(self._kept.get(slot, ()), request.prompt[:-1], strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
@@ -322,7 +322,7 @@ class Engine:
             first, row = request.cached, len(ids)
             ids += request.following(count)
             positions += range(first, first + count)
-            if request.params.prompt_logprobs and first < len(request.prompt):
+            if request.params.prompt_logprobs is not None and first < len(request.prompt):
                 scored.append((request, row, count))
             if count == request.pending and request.limit:
                 ready.append(request)
