@@ -25,6 +25,7 @@ from llama.cuda.tuning import largest_power_of_two
 from llama.cuda.unpack import Unpacked
 from llama.cuda.weights import Weight, pairs_of
 from llama.model import Transformer, TransformerBlock, attend_decode
+from llama.parallel import float32_product
 from llama.quantization.linear import QuantizedEmbedding, QuantizedLinear
 
 # Attention of sequences that bring one token: q (R, H, E), k_layer and v_layer (P, T, K, E),
@@ -189,9 +190,9 @@ class FlatForward:
         return self.logits_into(h, out)[..., : self.model.params.vocab_size]
 
     def logits_into(self, h: Tensor, out: Tensor) -> Tensor:
-        """Products (M, V) of states and the output matrix, rounded to their dtype, in `out`."""
+        """Products (M, V) of states and the output matrix, float32 like `out`, where they go."""
         for low, high, some in self.parts(self.output):
-            out[:, low:high].copy_(torch.mm(h, some.t()))
+            float32_product(h, some, out[:, low:high])
         return out
 
     def parts(self, weight: Weight) -> Iterator[tuple[int, int, Tensor]]:
