@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from conftest import tiny_args, unit_scale
@@ -10,6 +11,7 @@ from llama import parallel
 from llama.cache import Batch
 from llama.model import ModelArgs, RMSNorm, RopeScaling, Transformer, rope_frequencies
 from llama.parallel import float32_product
+from llama.settings import with_limits
 
 SHAPES = {
     "llama3": {},
@@ -393,6 +395,17 @@ def test_scripts_for_metas_model_set_the_vocabulary_after_construction():
 def test_a_shape_that_is_no_model_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         ModelArgs(**{"dim": 64, "n_heads": 8, "n_kv_heads": 4, **change})
+
+
+@pytest.mark.parametrize("kind", [numpy.int32, numpy.int64, numpy.array, torch.tensor])
+def test_the_limits_of_a_run_are_whole_numbers_of_any_kind(kind):
+    limited = with_limits(tiny_args(), kind(3), kind(50))
+    assert (limited.max_batch_size, limited.max_seq_len) == (3, 50)
+    assert {type(limited.max_batch_size), type(limited.max_seq_len)} == {int}
+    for wrong in (0, numpy.float64(2), numpy.bool_(True), kind(0), torch.tensor([4])):
+        for limits in ((wrong, 50), (3, wrong)):
+            with pytest.raises(ValueError, match="must be a positive whole number"):
+                with_limits(tiny_args(), *limits)
 
 
 def test_a_rectangle_that_does_not_fit_is_refused(tiny):
