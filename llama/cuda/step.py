@@ -14,6 +14,7 @@ vocabulary, S stop ids of a row.
 
 # ruff: noqa: ANN001, ANN202 (arguments of kernels have no types in Python)
 
+import threading
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WORD, SamplingParams
 FLIGHTS = 8  # steps whose results nobody has read
 STOPS = 32  # stop ids of a row that the device knows; the host knows them all
 EXACT = tl.constexpr(not INTERPRETED)  # the interpreter has no libdevice
+
+CAPTURING = threading.Lock()  # a capture begins by waiting for the GPU, which breaks any other one
 
 
 @triton.jit
@@ -272,7 +275,8 @@ class CapturedStep:
             self._step(key)
         else:
             if key not in self.graphs:
-                self._capture(key)
+                with CAPTURING:
+                    self._capture(key)
             self.graphs[key].replay()
         results = self.results[self.launched % FLIGHTS, : self.rows]
         self.launched += 1
@@ -347,7 +351,7 @@ class CapturedStep:
 
     def _capture(self, key: Key) -> None:
         """Record the graph of a step. What it needs is compiled and allocated before that by runs
-        in which no row has a slot. Other threads may use the GPU meanwhile, on other streams."""
+        in which no row has a slot. Other threads may run steps meanwhile, and capture none."""
         kept = self.state.clone()
         self.slots[: key.rows] = -1
         self.lengths[: key.rows] = 0
