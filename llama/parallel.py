@@ -266,9 +266,10 @@ def _product(x: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
         return
     x = x.float()
-    some = x.new_empty(max(1, float32_block(x.device.type) // weight.shape[1]), weight.shape[1])
-    for low in range(0, len(weight), len(some)):
-        part = weight[low : low + len(some)]
+    step = min(len(weight), max(1, float32_block(x.device.type) // weight.shape[1]))
+    some = x.new_empty(step, weight.shape[1])
+    for low in range(0, len(weight), step):
+        part = weight[low : low + step]
         torch.mm(x, some[: len(part)].copy_(part).t(), out=out[:, low : low + len(part)])
 
 

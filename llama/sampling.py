@@ -300,8 +300,14 @@ def sample(
     assert logits.dtype == torch.float32, logits.dtype
     assert logits.shape[-1] <= 2**21, logits.shape  # sums of weights stay below UNREACHABLE
     words = logits.shape[-1] if words is None else min(words, logits.shape[-1])
-    chosen = []
-    for low, high in _slices(logits):
+    chosen, slices = [], _slices(logits)
+    if (
+        len(slices) == 1
+        and words == logits.shape[-1]
+        and (counts is None or torch.is_tensor(counts))
+    ):
+        return _sample(logits, rows, index, counts)
+    for low, high in slices:
         part, open_to = rows.part(low, high, words), logits[low:high, :words]
         some = None if counts is None else counts[low:high]
         if some is not None and not isinstance(some, Tensor):
