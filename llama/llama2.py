@@ -104,7 +104,7 @@ class PieceText(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, without the space before it; invalid UTF-8 as U+FFFD.
 
-        Raises ValueError for an id outside 0 .. n_words - 1, pad_id among them.
+        Ids that no token has as in `Tokenizer.decode`, which raises the same ValueError.
         """
         decoder = IncrementalDecoder(self)
         return "".join([*map(decoder.push, ids), decoder.flush()])
@@ -155,6 +155,8 @@ class SentencePieceTokenizer(PieceText):
 
     def token_bytes(self, token: int) -> bytes:
         token = check_id(token, self.n_words)
+        if token >= self.n_words:
+            return b""
         piece: str = self.model.id_to_piece(token)
         if self.model.is_control(token):
             return b""
@@ -166,7 +168,8 @@ class SentencePieceTokenizer(PieceText):
 
     def first_bytes(self, token: int) -> bytes:
         token = check_id(token, self.n_words)
-        return self.token_bytes(token) if self.model.is_byte(token) else self._alone(token)
+        whole = token >= self.n_words or self.model.is_byte(token)
+        return self.token_bytes(token) if whole else self._alone(token)
 
     def _alone(self, token: int) -> bytes:
         text: str = self.model.decode([token])

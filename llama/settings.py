@@ -9,15 +9,16 @@ from dataclasses import replace
 import torch
 
 from llama.model import ModelArgs
-from llama.tokenizer import TextTokenizer
+from llama.sampling import plain_number
+from llama.tokenizer import TextTokenizer, spare_rows
 
 CHUNK_ROWS = 2048  # tokens of a step at most: they fill a GPU, and take little memory
 DEFAULT_SEQ_LEN = 8192
-LARGEST_PADDING = 256  # rows of a vocabulary that no token has
 
 
 def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -> ModelArgs:
     """`args` with the limits of a run; ValueError where they do not fit the model."""
+    max_batch_size, max_seq_len = plain_number(max_batch_size), plain_number(max_seq_len)
     for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len)):
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value < 1
@@ -35,12 +36,10 @@ def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -
 def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs, path: object) -> None:
     """ValueError where tokenizer and model cannot belong together.
 
-    A model may have a few rows more than its tokenizer has tokens: padding, or tokens that were
-    added to it. With more missing than that, special tokens, which follow the ranks, would be other
-    ones.
+    A model may have more rows than its tokenizer has tokens, since none of them is ever chosen. It
+    is another model's where it has many more than anybody pads by, see `spare_rows`.
     """
-    spare = min(LARGEST_PADDING, tokenizer.n_words // 64)
-    if not 0 <= args.vocab_size - tokenizer.n_words <= spare:
+    if not 0 <= args.vocab_size - tokenizer.n_words <= spare_rows(tokenizer.n_words):
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.n_words} tokens and the model "
             f"{args.vocab_size}: they belong to different models"

@@ -101,7 +101,8 @@ class TextTokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
-    def token_bytes(self, token: int) -> bytes: ...
+    def token_bytes(self, token: int) -> bytes:
+        """Those of one id; none for a row of the model that no token has, see `spare_rows`."""
 
     def first_bytes(self, token: int) -> bytes: ...
 
@@ -223,13 +224,16 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`: special tokens as their names, invalid UTF-8 as U+FFFD.
 
-        Raises ValueError for an id outside 0 .. n_words - 1, pad_id among them.
+        An id that only the model has, of a row that no token has, is no text, see `spare_rows`.
+        Raises ValueError for any other id outside 0 .. n_words - 1, pad_id among them.
         """
-        return self.model.decode([check_id(token, self.n_words) for token in ids])
+        known = [token for i in ids if (token := check_id(i, self.n_words)) < self.n_words]
+        return self.model.decode(known)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for; a character may need those of several ids."""
-        return self.model.decode_single_token_bytes(check_id(token, self.n_words))
+        index = check_id(token, self.n_words)
+        return self.model.decode_single_token_bytes(index) if index < self.n_words else b""
 
     def first_bytes(self, token: int) -> bytes:
         """The bytes of an id that begins a text: here, the same as anywhere."""
@@ -251,9 +255,12 @@ class IncrementalDecoder:
     def push(self, token: int) -> str:
         """What `token` completes; bytes of an unfinished character are held back.
 
-        A token without text ends a character, as SentencePiece does it.
+        A token without text ends a character, as SentencePiece does it; an id that no token has
+        is passed over.
         """
         data = self._tokenizer.token_bytes(token)
+        if token >= self._tokenizer.n_words:
+            return ""
         if self._at_start and data:
             data, self._at_start = self._tokenizer.first_bytes(token), False
         return self._utf8.decode(data, final=not data)
@@ -366,15 +373,25 @@ def check_encode(
     return set(allowed)
 
 
+def spare_rows(n_words: int) -> int:
+    """How many rows a model may have beyond its tokenizer's tokens: 1024, or a 64th.
+
+    They are padding, up to a multiple that a device likes or that many GPUs can share, or were kept
+    for tokens to come. Nothing ever chooses them.
+    """
+    return max(1024, n_words // 64)
+
+
 def check_id(token: int, n_words: int) -> int:
-    """`token` as an int; ValueError where it is not an id of a vocabulary of `n_words`."""
+    """`token` as an int; ValueError where it is an id neither of a vocabulary of `n_words` nor of
+    the rows that a model may have beyond it."""
     try:
         index = operator.index(token)
     except TypeError:
         raise ValueError(
             f"a token id is an integer, got {token!r} of type {type(token).__name__}"
         ) from None
-    if not 0 <= index < n_words:
+    if not 0 <= index < n_words + spare_rows(n_words):
         pad = " (-1 is padding and has no text)" if index == -1 else ""
         raise ValueError(f"token id {index} is outside the vocabulary, 0 to {n_words - 1}{pad}")
     return index

@@ -91,6 +91,8 @@ class PieceTokenizer(PieceText):
 
     def token_bytes(self, token: int) -> bytes:
         token = check_id(token, self.n_words)
+        if token >= self.n_words:
+            return b""
         kind, piece = self.kinds[token], self.pieces[token]
         if kind == CONTROL:
             return b""
@@ -100,7 +102,7 @@ class PieceTokenizer(PieceText):
 
     def first_bytes(self, token: int) -> bytes:
         data = self.token_bytes(token)
-        written = self.add_space_prefix and self.pieces[token].startswith(_SPACE)
+        written = data and self.add_space_prefix and self.pieces[token].startswith(_SPACE)
         return data[1:] if written else data
 
     def _text(self, text: str) -> list[int]:
