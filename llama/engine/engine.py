@@ -206,12 +206,11 @@ class Engine:
     @contextlib.contextmanager
     def _surroundings(self) -> Iterator[None]:
         """What a step needs of its thread, whatever the caller has set there."""
-        kind = self.device.type
         with contextlib.ExitStack() as stack:
-            if kind == "cuda":
+            if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
-            if torch.is_autocast_enabled(kind):  # weights and cache have one dtype
-                stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.is_autocast_enabled(self.device.type):  # weights and cache have one dtype
+                stack.enter_context(torch.autocast(self.device.type, enabled=False))
             if torch.empty(0).device.type != "cpu":  # what the host prepares is made here
                 stack.enter_context(torch.device("cpu"))
             yield
