@@ -76,7 +76,10 @@ class AtLine:
             if self.count == self.at:
                 self.hit = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 action, self.action = self.action, None
+                sys.settrace(None)  # the rest at full speed
+                frame.f_trace = None
                 action()
+                return None
         return self.line
 
 
@@ -119,6 +122,7 @@ def test_an_interruption_at_any_line_loses_nothing(path, reuse):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @PATHS
 @pytest.mark.parametrize("reuse", [False, True])
 def test_an_interruption_at_every_single_line_loses_nothing(path, reuse):
@@ -159,6 +163,7 @@ def test_a_cancel_or_an_arrival_at_any_line_of_a_step_disturbs_nobody(path, what
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @PATHS
 @pytest.mark.parametrize("what", ["cancel", "submit"])
 def test_a_cancel_or_an_arrival_at_every_single_line_disturbs_nobody(path, what):
@@ -434,6 +439,7 @@ def test_random_schedules_give_each_request_what_it_gets_alone(path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @PATHS
 def test_two_thousand_random_schedules_give_each_request_what_it_gets_alone(path):
     model = poisoned()

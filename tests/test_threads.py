@@ -131,6 +131,7 @@ def test_threads_get_what_each_call_gets_alone(shared, quick_switches):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_four_threads_of_two_hundred_calls_get_what_each_gets_alone(shared, quick_switches, seed):
     side_by_side(shared(), shared(), 4, 200, seed)
@@ -233,6 +234,7 @@ def test_a_call_that_is_interrupted_at_any_line_leaves_nothing_behind(shared):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_a_call_that_is_interrupted_at_every_line_leaves_nothing_behind(shared):
     interrupted_then_again(shared, range(1, 10**6))
 
