@@ -291,7 +291,7 @@ def measure(
         raise ValueError("bench measures a single process: start it without torchrun")
     checkpoint = replace(checkpoint, args=args)
     formats = checkpoint.formats if quantize is None else formats_of(quantize, args)
-    check_memory(checkpoint, ranks, device, kind, CHUNK_ROWS, formats=formats)
+    check_memory(checkpoint, ranks, device, kind, CHUNK_ROWS, formats=formats, kernels=kernels)
     model = load(
         checkpoint,
         ranks=ranks,
@@ -344,7 +344,8 @@ def _measure_one(
         report.left_out.append(f"{what}: the model's context is {args.context_length} tokens")
         return
     plan = make_plan(args, dtype=kind, max_batch_size=job.rows, max_seq_len=job.room,
-                     chunk=CHUNK_ROWS, device=device.type, formats=formats)  # fmt: skip
+                     chunk=CHUNK_ROWS, device=device.type, kernels=kernels,
+                     formats=formats)  # fmt: skip
     needed, free = plan.cache + plan.workspace, free_memory(device)
     if needed > free:
         sizes = f"{needed / GIB:.2f} GiB beside the weights, and {free / GIB:.2f} are free"

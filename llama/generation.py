@@ -120,7 +120,7 @@ class Llama:
         try:
             check_ranks(formats, args, ranks.size)
             chunk, smaller = CHUNK_ROWS, recipes_for(args)
-            check_memory(checkpoint, ranks, where, kind, chunk, formats, smaller)
+            check_memory(checkpoint, ranks, where, kind, chunk, formats, smaller, kernels)
             model = load(
                 checkpoint,
                 ranks=ranks,

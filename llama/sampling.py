@@ -39,7 +39,8 @@ DIGIT_BITS = 10  # the bits of a float32 in [0, 1] are 30: three digits
 RADIX = 2**DIGIT_BITS
 UNREACHABLE = 2**62  # a goal that no sum reaches: nothing is filtered
 AT_ONCE = 2**22  # logits that are chosen from at a time, which bounds what that takes
-BYTES_AT_ONCE = 96  # a logit, at most, while it is chosen from
+BYTES_AT_ONCE = 64  # a logit, at most, while it is chosen from
+SHIFTED_ROWS = 16  # that a captured step chooses for at a time, for the same reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +286,7 @@ def sample(
     logits: Tensor,
     rows: RowParams,
     index: Tensor,
-    counts: Tensor | None = None,
+    counts: Tensor | Sequence[Sequence[int]] | None = None,
     words: int | None = None,
 ) -> Tensor:
     """The next token of every row: ids (R,) int64, with no wait of the host for the device.
@@ -293,16 +294,20 @@ def sample(
     logits (R, V) float32, not written to; a token at -inf is never chosen, nor is an id from
     `words` on (None: V), of which a bias then means nothing; rows that `finite_rows` refuses give
     some id or other. index (R,) int64: how many tokens the row generated before this one. counts
-    (R, V), any integers: how often it generated each, read where `rows.penalised`.
+    (R, V), any integers: how often it generated each, read where `rows.penalised`; or the tokens
+    themselves, which are then counted for a few rows at a time.
     """
     assert logits.dtype == torch.float32, logits.dtype
     assert logits.shape[-1] <= 2**21, logits.shape  # sums of weights stay below UNREACHABLE
     words = logits.shape[-1] if words is None else min(words, logits.shape[-1])
     chosen = []
     for low, high in _slices(logits):
-        some = None if counts is None else counts[low:high, :words]
-        part = rows.part(low, high, words)
-        chosen.append(_sample(logits[low:high, :words], part, index[low:high], some))
+        part, open_to = rows.part(low, high, words), logits[low:high, :words]
+        some = None if counts is None else counts[low:high]
+        if some is not None and not isinstance(some, Tensor):
+            some = count_tokens(torch.zeros_like(logits[low:high]), some)
+        some = None if some is None else some[:, :words]
+        chosen.append(_sample(open_to, part, index[low:high], some))
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 

@@ -62,7 +62,7 @@ class Emulated(CapturedStep):
             seed = int(self.sampler.seed[row, 0]) | int(self.sampler.seed[row, 1]) << 32
             one, at = logits[row : row + 1], self.index[row : row + 1]
             chosen = sample(one, RowParams.from_params([params], [seed], self.device), at,
-                            words=self.n_words)  # fmt: skip
+                            words=self.shifts.n_words)  # fmt: skip
             self.sampler.ids[row] = chosen[0]
             self.sampler.logprob[row] = logprobs_of(one, chosen, 0)[0][0]
             self.sampler.finite[row] = int(finite_rows(one)[0])
@@ -72,6 +72,5 @@ def engine_of(model, path="plain", slots=4, room=64, **options):
     """An engine on the plain path or on the captured one, emulated."""
     engine = Engine(model, max_batch_size=slots, max_seq_len=room, seed=5, kernels=False, **options)
     if path == "captured":
-        engine.captured = Emulated(model, engine.cache, slots)
-        engine.captured.n_words = engine.n_words
+        engine.captured = Emulated(model, engine.cache, slots, engine.n_words)
     return engine

@@ -23,6 +23,14 @@ PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 PATHS = pytest.mark.parametrize("path", ["plain", "captured"])
 
 
+@pytest.fixture(autouse=True)
+def nothing_hidden(caplog):
+    """A captured step that fails is done by the plain path, which would hide a mistake in it."""
+    yield
+    failed = [r.getMessage() for r in caplog.records if "captured step failed" in r.getMessage()]
+    assert not failed
+
+
 class Stuck(Exception):
     pass
 

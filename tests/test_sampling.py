@@ -645,10 +645,14 @@ def test_ids_beyond_the_words_are_never_chosen_and_change_nothing(monkeypatch, a
 def test_slices_of_rows_are_all_rows(monkeypatch):
     params = [p for p in CUT for _ in range(3)]
     logits = random_logits(len(params), 30)
-    rows, index, counts = rows_of(*params), torch.arange(len(params)), torch.ones_like(logits)
+    rows, index = rows_of(*params), torch.arange(len(params))
+    generated = [[i % 30, (7 * i) % 30, 4, 4] for i in range(len(params))]
+    counts = count_tokens(torch.zeros_like(logits), generated)
     whole = sample(logits, rows, index, counts), logprobs_of(logits, index, 3)
     monkeypatch.setattr(sampling, "AT_ONCE", 4 * 30)
     assert torch.equal(sample(logits, rows, index, counts), whole[0])
+    assert torch.equal(sample(logits, rows, index, generated), whole[0])
+    assert torch.equal(sample(logits, rows, index, generated, 30), whole[0])
     assert all(map(torch.equal, logprobs_of(logits, index, 3), whole[1]))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from llama.cuda.sampling import Sampler
 from llama.sampling import (
     ROW_TENSORS,
+    SHIFTED_ROWS,
     RowParams,
     SamplingParams,
     count_tokens,
@@ -24,8 +25,6 @@ from llama.sampling import (
     logprobs_of,
     sample,
 )
-
-ROWS = 16  # that are chosen for at a time, which bounds what their V-long rows take
 
 
 class Shifts:
@@ -86,8 +85,8 @@ class Shifts:
         """Choose for logits (R, V): ids, logprob and finite into `sampler`, `top` alternatives
         into `top_ids` and `tops`. Counts the choice of each row that has a slot."""
         assert self.rows is not None, "load comes first"
-        for start in range(0, len(logits), ROWS):
-            part = slice(start, min(start + ROWS, len(logits)))
+        for start in range(0, len(logits), SHIFTED_ROWS):
+            part = slice(start, min(start + SHIFTED_ROWS, len(logits)))
             rows = self.rows.part(part.start, part.stop, self.shape[1])
             ids = sample(logits[part], rows, index[part], self.counts[part], self.n_words)
             logprob, top_ids, tops = logprobs_of(logits[part], ids, top)

@@ -29,7 +29,7 @@ from torch import Tensor
 from llama.cache import Batch
 from llama.engine.request import Choice, Event, Request, token_ids
 from llama.model import Transformer
-from llama.sampling import RowParams, SamplingParams, count_tokens, finite_rows, logprobs_of, sample
+from llama.sampling import RowParams, SamplingParams, finite_rows, logprobs_of, sample
 
 if TYPE_CHECKING:
     from llama.cuda.forward import FlatForward
@@ -435,9 +435,7 @@ class Engine:
             self._rows = (ready, rows)
         rows = self._rows[1]
         index = torch.tensor([len(r.choices) for r in ready], device="cpu").to(self.device)
-        counts = None
-        if rows.penalised:
-            counts = count_tokens(torch.zeros_like(logits), [r.tokens for r in ready])
+        counts = [r.tokens for r in ready] if rows.penalised else None
         chosen = sample(logits, rows, index, counts, self.n_words)  # (R,)
         k = max((r.params.logprobs or 0) for r in ready)
         logprob, top_ids, top = logprobs_of(logits, chosen, k)
