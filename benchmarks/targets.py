@@ -12,16 +12,18 @@ registers (`alike`); `--every` compiles them all, for hours.
 Triton keeps what it compiled in its cache on disk. Needs no GPU, and no TRITON_INTERPRET.
 """
 
-import sys
+import os
+import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import fire
 import torch
 import triton
-from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -30,12 +32,13 @@ from llama.bench import SHAPES as RELEASED
 from llama.cache import Batch
 from llama.checkpoint.packed import Packed
 from llama.cuda import attention, forward, launch, prefill, products, rows, sampling, step, unpack
+from llama.cuda.tuning import power_of_two
 from llama.model import ModelArgs, Transformer
 from llama.quantization import QuantizedEmbedding, QuantizedLinear, formats_of
 
 
 class Target(NamedTuple):
-    """A GPU of that compute capability: its name, bytes that a program may share, multiprocessors."""
+    """A GPU of that compute capability, bytes that a program may share, multiprocessors."""
 
     name: str
     capability: tuple[int, int]
@@ -83,14 +86,13 @@ class Launch(NamedTuple):
 
     @property
     def named(self) -> dict[str, Any]:
-        """Its constants by name."""
-        names = self.kernel.arg_names
-        return {names[at[0]]: value for at, value in self.constants.items() if len(at) == 1}
+        """What is constant of it, by name."""
+        names = [p.name for p in self.kernel.params if p.is_constexpr]
+        given = {self.kernel.arg_names[at[0]]: v for at, v in self.constants.items()}
+        return {name: getattr(given[name], "value", given[name]) for name in names}
 
     def compiled(self, target: Target) -> Any:  # noqa: ANN401
-        source = self.kernel.ASTSource(
-            self.kernel, self.signature, self.constants, self.attributes
-        )
+        source = self.kernel.ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         return triton.compile(source, target=gpu(target), options=self.options.__dict__)
 
 
@@ -166,7 +168,9 @@ def model_of(shape: str, kind: str) -> Transformer:
         path, _, leaf = name.removesuffix(".weight").rpartition(".")
         held = model.get_parameter(name)
         layout = format.layout(*held.shape)
-        tensors = {part: torch.empty(size, dtype=d, device="meta") for part, (size, d) in layout.items()}
+        tensors = {
+            part: torch.empty(size, dtype=d, device="meta") for part, (size, d) in layout.items()
+        }
         packed = Packed(**tensors)
         made = QuantizedEmbedding if leaf == "tok_embeddings" else QuantizedLinear
         setattr(model.get_submodule(path), leaf, made(packed, dtype))
@@ -175,45 +179,161 @@ def model_of(shape: str, kind: str) -> Transformer:
     return model
 
 
-def launches(target: Target, shape: str, kind: str, counts: Sequence[int] = ROWS) -> list[Launch]:
-    """Those of steps of so many rows, lean, sampled and masked, of few keys and of many, and those
-    of a prompt."""
+def launches(
+    target: Target, shape: str, kind: str, counts: Sequence[int] = ROWS
+) -> dict[int, list[Launch]]:
+    """Those of steps of so many rows: greedy ones of few keys, sampled ones of many, masked or
+    not. Those of a prompt beside a row that answers stand at 0."""
     with pretended(target) as found:
         model = model_of(shape, kind)
         device = torch.device("meta")
         cache = model.new_cache(max(counts), LONGEST)
         captured = step.CapturedStep(model, cache, max(counts))
+        every: dict[int, list[Launch]] = {}
         for count in counts:
-            for long, greedy, masked in ((False, True, False), (True, False, True), (True, False, False)):
-                captured._step(step.Key(count, None, long, masked, greedy))
+            for long, greedy, masked in ((0, 1, 0), (1, 0, 0), (1, 0, 1)):
+                captured._step(step.Key(count, None, bool(long), bool(masked), bool(greedy)))
+            every[count] = found.copy()
+            found.clear()
         batch = Batch([1, 40], [7, 50], [0, 1], device)
         tokens = torch.zeros(41, dtype=torch.int64, device=device)
         captured.forward.hidden(tokens, tokens, batch, cache)
-    return found
+    return every | {0: found}
+
+
+def can(target: Target, kind: str) -> bool:
+    """What llama.cuda.supported says of fp8."""
+    return kind != "fp8" or target.capability >= (8, 9)
 
 
 # ---- what they take
 
+# Sizes that kernels loop over, or compare numbers with: one stands for all of them.
+_SIZES = {"K", "D", "F", "VOCAB", "HEADS", "KV_HEADS", "H", "G"}
+
+
+def alike(one: Launch) -> tuple[object, ...]:
+    """What launches have in common that take the same of a GPU."""
+    c, other = one.named, ()
+    if one.name == "tiles.some_rows":
+        other = (c["K"] % c["BLOCK_K"] == 0,)
+    elif one.name == "wide.wide":
+        turns = c["K"] // c["BLOCK_K"] // c["SPLIT"]
+        other = (turns % 2, min(turns, 3))
+    elif one.name == "stream.stream":
+        part = -(-c["K"] // c["SPLIT"])
+        other = (power_of_two(part), part == power_of_two(part))
+    elif one.name == "attention._attend":
+        row = c["KV_HEADS"] * c["E"]
+        other = (min(64, row & -row),)
+    kept = tuple((name, str(value)) for name, value in c.items() if name not in _SIZES)
+    arguments = [
+        (name, type, str(one.attributes.get((at,))))
+        for at, (name, type) in enumerate(one.signature.items())
+        if type not in ("i32", "i64", "constexpr")
+    ]
+    return one.name, tuple(arguments), kept, other, one.options.hash()
+
 
 class Taken(NamedTuple):
     """By a compiled kernel: bytes that a program shares, registers of a thread, bytes of it that
-    found no register, and words of its code."""
+    found no register, and instructions that not every GPU has."""
 
     shared: int
     registers: int
     spilled: int
-    words: dict[str, bool]
+    instructions: frozenset[str]
 
 
-def main(targets: str = ",".join(TARGETS)) -> None:
-    begin = time.perf_counter()
-    for name in TARGETS:
-        for shape in SHAPES:
-            for kind in KINDS:
-                if kind == "fp8" and TARGETS[name].capability < (8, 9):
+WORDS = ("wgmma", "griddepcontrol", "cp.async.bulk.tensor", "mbarrier", "tcgen05", "cp.async")
+TOOL = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+
+
+def taken(kernel: Any) -> Taken:  # noqa: ANN401
+    ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, spilled = (int(usage.split(f" {word}:")[1].split()[0]) for word in ("REG", "STACK"))
+    words = frozenset(word for word in WORDS if word in ptx)
+    return Taken(kernel.metadata.shared, registers, spilled, words)
+
+
+def faults(target: Target, one: Launch, took: Taken) -> list[str]:
+    """What a kernel has that the GPU does not have, as words."""
+    major = target.capability[0]
+    missing = {"wgmma": major == 9, "tcgen05": major == 10}
+    missing |= dict.fromkeys(("griddepcontrol", "cp.async.bulk.tensor", "mbarrier"), major >= 9)
+    found = [
+        f"{word} at {target.capability}" for word in took.instructions if not missing.get(word, 1)
+    ]
+    if took.shared > target.shared:
+        found.append(f"{took.shared} bytes of {target.shared}")
+    return found
+
+
+class Compiler:
+    """Compiles each launch once for all that are alike, and keeps what it takes."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.known: dict[tuple[object, ...], Taken] = {}
+
+    def __call__(self, some: Iterable[Launch]) -> list[tuple[Launch, Taken]]:
+        new = {alike(one): one for one in some if alike(one) not in self.known}
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            made = threads.map(lambda one: taken(one.compiled(self.target)), new.values())
+            self.known |= dict(zip(new, made, strict=True))
+        return [(one, self.known[alike(one)]) for one in some]
+
+
+def _listed(given: str | float | Sequence[Any]) -> list[str]:
+    return [
+        str(one) for one in (given if isinstance(given, (list, tuple)) else str(given).split(","))
+    ]
+
+
+def main(
+    targets: str = ",".join(TARGETS),
+    shapes: str = ",".join(SHAPES),
+    kinds: str = ",".join(KINDS),
+    rows: str = ",".join(map(str, ROWS)),
+) -> None:
+    """Print a line for each target, shape and number of rows: the largest shared memory of a kernel
+    in KB beside what there is, over all kinds of numbers, and which kernel that is."""
+    counts = [int(count) for count in _listed(rows)]
+    for name in _listed(targets):
+        target, begin, wrong = TARGETS[name], time.perf_counter(), []
+        compiler = Compiler(target)
+        print(f"{target.name}, {name}: {target.shared / 1024:.0f} KB", flush=True)
+        for shape in _listed(shapes):
+            most: dict[int, tuple[int, str]] = {}
+            for kind in _listed(kinds):
+                if not can(target, kind):
                     continue
-                found = launches(TARGETS[name], shape, kind)
-                print(name, shape, kind, len(found), f"{time.perf_counter() - begin:.1f}", flush=True)
+                for count, some in launches(target, shape, kind, counts).items():
+                    for one, took in compiler(some):
+                        wrong += [
+                            f"{shape} {kind} {count} {one.name}: {f}"
+                            for f in faults(target, one, took)
+                        ]
+                        said = f"{one.name.removesuffix('.' + one.kernel.__name__)} {kind}"
+                        most[count] = max(most.get(count, (0, "")), (took.shared, said))
+            line = [
+                f"{count or 'prompt'}: {size / 1024:.0f} ({said})"
+                for count, (size, said) in most.items()
+            ]
+            print(f"  {shape:14}" + "  ".join(line), flush=True)
+        spilled = max(took.spilled for took in compiler.known.values())
+        took = time.perf_counter() - begin
+        print(
+            f"  {len(compiler.known)} kernels, {took:.0f} s, spills up to {spilled} bytes",
+            *wrong,
+            sep="\n  ",
+        )
 
 
 if __name__ == "__main__":

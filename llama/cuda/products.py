@@ -23,6 +23,7 @@ from llama.cuda.tuning import (
     Blocks,
     Stream,
     Wide,
+    fitted_some_rows,
     some_rows_blocks,
     stream_blocks,
     wide_blocks,
@@ -66,10 +67,15 @@ class Products:
         """What a product gets; of which kernel these are says which kernel it is."""
         (outputs, inputs), kind = weight.shape, kind_of(weight)
         if wide:
-            return wide_blocks(rows, outputs, inputs, kind, self.multiprocessors, gated)
+            return wide_blocks(
+                rows, outputs, inputs, kind, self.multiprocessors, gated, self.shared
+            )
         if rows == 1 and inputs >= LEAST and self._can_stream(weight):
             return self._fitting(weight, stream_blocks(outputs, inputs, kind, self.multiprocessors))
-        return some_rows_blocks(rows, outputs, inputs, kind)
+        some, group = some_rows_blocks(rows, outputs, inputs, kind), source(weight).group
+        return fitted_some_rows(
+            some, kind, group, self.dtype.itemsize, self.capability, self.shared
+        )
 
     def norms(self, rows: int, weight: Weight) -> bool:
         """Whether a product norms its inputs itself, rather than a kernel before it: where each
