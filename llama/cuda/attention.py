@@ -39,6 +39,15 @@ def _share_out(lengths, rows, R_PAD: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK
     return tl.minimum(row, rows), me - begin, begin, count, keys, length
 
 
+@triton.jit
+def _within(some, e, E: tl.constexpr, E_PAD: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+    """Of (rows, heads' numbers): `some` rows, and of E_PAD numbers those that a head has."""
+    if E_PAD > E:
+        return some[:, None] & (e < E)[None, :]
+    else:
+        return some[:, None]
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     q, q_row, k, v, slots, lengths, out, sums, tops, arrived, rows, T, scale,  # noqa: ANN001
@@ -52,9 +61,6 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     row, part, begin, parts, keys, length = _share_out(lengths, rows, R_PAD, PROGRAMS, BLOCK)
     head = tl.program_id(1)
     g, e = tl.arange(0, G_PAD), tl.arange(0, E_PAD)
-    real = (g < G)[:, None]
-    if E_PAD > E:
-        real = real & (e < E)[None, :]
     slot = tl.load(slots + tl.minimum(row, rows - 1)).to(tl.int64)
     base = (tl.maximum(slot, 0) * T * KV_HEADS + head) * E
     first = part * keys
@@ -66,30 +72,27 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     if row == rows:
         return
     mine = q + row.to(tl.int64) * q_row + head * (G * E)
-    asked = tl.load(mine + g[:, None] * E + e[None, :], mask=real, other=0.0)
+    asked = tl.load(mine + g[:, None] * E + e[None, :], mask=_within(g < G, e, E, E_PAD), other=0.0)
     top = tl.full((G_PAD,), float("-inf"), tl.float32)
     weight = tl.zeros((G_PAD,), tl.float32)
     mixed = tl.zeros((G_PAD, E_PAD), tl.float32)
     for start in tl.range(first, tl.minimum(first + keys, length), BLOCK, num_stages=STAGES):
         t = start + tl.arange(0, BLOCK)
         at = base + t.to(tl.int64)[:, None] * (KV_HEADS * E) + e[None, :]
-        there = (t < length)[:, None]
-        if E_PAD > E:
-            there = there & (e < E)[None, :]
-        known = tl.load(k + at, mask=there, other=0.0)  # (BLOCK, E)
+        known = tl.load(k + at, mask=_within(t < length, e, E, E_PAD), other=0.0)  # (BLOCK, E)
         score = tl.dot(asked, tl.trans(known), input_precision="ieee") * scale  # in log2
         score = tl.where((t < length)[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         share = tl.exp2(score - higher[:, None])
         fade = tl.exp2(top - higher)
-        value = tl.load(v + at, mask=there, other=0.0)
+        value = tl.load(v + at, mask=_within(t < length, e, E, E_PAD), other=0.0)
         weight = weight * fade + tl.sum(share, 1)
         mixed = tl.dot(share.to(value.dtype), value, mixed * fade[:, None], input_precision="ieee")
         top = higher
     if parts > 1:
         cell = g[:, None] * E + e[None, :]
         own = (begin + part) * KV_HEADS + head
-        tl.store(sums + own.to(tl.int64) * (G * E) + cell, mixed, mask=real)
+        tl.store(sums + own.to(tl.int64) * (G * E) + cell, mixed, mask=_within(g < G, e, E, E_PAD))
         tl.store(tops + own * (2 * G) + g, top, mask=g < G)
         tl.store(tops + own * (2 * G) + G + g, weight, mask=g < G)
         tl.debug_barrier()
@@ -106,7 +109,8 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
                               cache_modifier=".cg")  # fmt: skip
             its_weight = tl.load(tops + other * (2 * G) + G + g, mask=g < G, other=1.0,
                                  cache_modifier=".cg")  # fmt: skip
-            its_sum = tl.load(sums + other.to(tl.int64) * (G * E) + cell, mask=real, other=0.0,
+            its_sum = tl.load(sums + other.to(tl.int64) * (G * E) + cell,
+                              mask=_within(g < G, e, E, E_PAD), other=0.0,
                               cache_modifier=".cg")  # fmt: skip
             higher = tl.maximum(top, its_top)
             fade, gain = tl.exp2(top - higher), tl.exp2(its_top - higher)
@@ -117,7 +121,11 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     place = head * (G * E) + g[:, None] * E + e[None, :]
     if ARRANGED:
         place = arranged_place(place)
-    tl.store(out + row.to(tl.int64) * (KV_HEADS * G * E) + place, result, mask=real)
+    tl.store(
+        out + row.to(tl.int64) * (KV_HEADS * G * E) + place,
+        result,
+        mask=_within(g < G, e, E, E_PAD),
+    )
 
 
 class DecodeAttention:

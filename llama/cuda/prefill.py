@@ -97,21 +97,6 @@ def _dot(a, b, acc, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _cached(at, keys, length, E: tl.constexpr, E_PAD: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows `keys` (BLOCK_N, E_PAD) of what is cached; zeros, where MASKED, from `length` on, and
-    behind the E numbers of a head."""
-    if E_PAD > E:
-        there = (tl.arange(0, E_PAD) < E)[None, :]
-        if MASKED:
-            there = there & (keys[:, None] < length)
-        return tl.load(at, mask=there, other=0)
-    elif MASKED:
-        return tl.load(at, mask=keys[:, None] < length, other=0)
-    else:
-        return tl.load(at)
-
-
-@triton.jit
 def _more_keys(  # type: ignore[no-untyped-def]
     state,
     queries,
@@ -132,7 +117,11 @@ def _more_keys(  # type: ignore[no-untyped-def]
     top, total, acc = state
     keys = first + tl.arange(0, BLOCK_N)
     at = keys[:, None] * STRIDE + tl.arange(0, E_PAD)[None, :]
-    key = _cached(k + at, keys, length, E, E_PAD, MASKED)
+    there = keys[:, None] < length if MASKED else None
+    if E_PAD > E:
+        inside = (tl.arange(0, E_PAD) < E)[None, :]
+        there = inside & there if MASKED else inside
+    key = tl.load(k + at, mask=there, other=0 if MASKED or E_PAD > E else None)
     nothing = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
     scores = _dot(queries, tl.trans(key), nothing, WIDE)  # (BLOCK_M, BLOCK_N)
     if MASKED:
@@ -140,7 +129,7 @@ def _more_keys(  # type: ignore[no-untyped-def]
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     weights = tl.math.exp2(scores * scale - new_top[:, None])
     decay = tl.math.exp2(top - new_top)
-    value = _cached(v + at, keys, length, E, E_PAD, MASKED)
+    value = tl.load(v + at, mask=there, other=0 if MASKED or E_PAD > E else None)
     acc = acc * decay[:, None]
     acc = _dot(weights.to(value.dtype), value, acc, WIDE)
     return new_top, total * decay + tl.sum(weights, 1), acc

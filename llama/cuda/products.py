@@ -93,14 +93,20 @@ class Products:
         return self.dtype.itemsize == 2 and words and read.group in (0, 32, 64, 128)
 
     def _fitting(self, weight: Weight, blocks: Stream) -> Stream:
-        """With fewer stages, then with more programs for a sum, on GPUs that have less memory than
-        the one that was measured."""
+        """With fewer stages, then with more programs for a sum, then smaller, on GPUs that have
+        less memory than the one that was measured."""
         read, inputs = source(weight), weight.shape[1]
         while shared_memory(read, inputs, blocks) > self.shared - 1024:
             if blocks.stages > 2:
                 blocks = blocks._replace(stages=blocks.stages - 1)
-            else:
+            elif turn_of(read, blocks) * blocks.split < min(inputs, 8192 * blocks.split):
                 blocks = blocks._replace(split=2 * blocks.split)
+            elif blocks.runs > 1:
+                blocks = blocks._replace(runs=blocks.runs // 2)
+            elif blocks.block_n > 16:
+                blocks = blocks._replace(block_n=blocks.block_n // 2)
+            else:
+                break
         return blocks
 
     # ---- the product
