@@ -19,11 +19,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import fire
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -31,8 +33,20 @@ from triton.runtime.jit import JITFunction
 from llama.bench import SHAPES as RELEASED
 from llama.cache import Batch
 from llama.checkpoint.packed import Packed
-from llama.cuda import attention, forward, launch, prefill, products, rows, sampling, step, unpack
-from llama.cuda.tuning import power_of_two
+from llama.cuda import (
+    attention,
+    forward,
+    launch,
+    prefill,
+    products,
+    rows,
+    sampling,
+    step,
+    unpack,
+    weights,
+)
+from llama.cuda.stream import shared_memory
+from llama.cuda.tuning import DecodeAttention, SomeRows, Stream, Tiling, direct, power_of_two
 from llama.model import ModelArgs, Transformer
 from llama.quantization import QuantizedEmbedding, QuantizedLinear, formats_of
 
@@ -241,6 +255,7 @@ class Taken(NamedTuple):
 
     shared: int
     registers: int
+    threads: int
     spilled: int
     instructions: frozenset[str]
 
@@ -259,19 +274,50 @@ def taken(kernel: Any) -> Taken:  # noqa: ANN401
         ).stdout
     registers, spilled = (int(usage.split(f" {word}:")[1].split()[0]) for word in ("REG", "STACK"))
     words = frozenset(word for word in WORDS if word in ptx)
-    return Taken(kernel.metadata.shared, registers, spilled, words)
+    threads = 32 * kernel.metadata.num_warps
+    return Taken(kernel.metadata.shared, registers, threads, spilled, words)
+
+
+SLACK = 8192  # bytes that a kernel may take less than reckoned
+
+
+def reckoned(target: Target, one: Launch) -> int | None:
+    """Bytes that the library thinks a program of it shares; None where nothing depends on that."""
+    c, warps, stages = one.named, one.options.num_warps, one.options.num_stages
+    kinds = {value.value: kind for kind, value in weights._KINDS.items()}
+    if one.name == "tiles.some_rows":
+        size = 4 if one.signature["x"] == "*fp32" else 2
+        some = SomeRows(c["RP"], c["BLOCK_N"], c["BLOCK_K"], c["SPLIT"], c["STAGES"], warps)
+        by_itself = direct(target.capability, size)
+        return some.takes(kinds.get(c["KIND"], ""), c["GROUP"], size, by_itself)
+    if one.name == "attention._attend":
+        size = 4 if one.signature["k"] == "*fp32" else 2
+        share = DecodeAttention(c["PROGRAMS"], c["BLOCK"], c["STAGES"], warps)
+        return share.takes(c["G"], c["E"], size)
+    if one.name == "prefill._attend":
+        size = 4 if one.signature["k"] == "*fp32" else 2
+        cut = Tiling(c["BLOCK_M"], c["BLOCK_N"], warps, stages)
+        return cut.takes(c["E"], size, direct(target.capability, size))
+    if one.name == "stream.stream":
+        ring = Stream(c["BLOCK_N"], c["RUNS"], c["W"], c["STAGES"], 1, c["SPLIT"])
+        read = weights.Source(None, None, tl.constexpr(c["KIND"]), c["GROUP"])  # type: ignore[arg-type]
+        return shared_memory(read, c["K"], ring) + 1024  # what Products leaves
+    return None
 
 
 def faults(target: Target, one: Launch, took: Taken) -> list[str]:
-    """What a kernel has that the GPU does not have, as words."""
+    """What a kernel has that the GPU does not have, or is not reckoned with."""
     major = target.capability[0]
-    missing = {"wgmma": major == 9, "tcgen05": major == 10}
-    missing |= dict.fromkeys(("griddepcontrol", "cp.async.bulk.tensor", "mbarrier"), major >= 9)
-    found = [
-        f"{word} at {target.capability}" for word in took.instructions if not missing.get(word, 1)
-    ]
+    there = {"wgmma": major == 9, "tcgen05": major == 10}
+    there |= dict.fromkeys(("griddepcontrol", "cp.async.bulk.tensor", "mbarrier"), major >= 9)
+    found = [word for word in took.instructions if not there.get(word, True)]
     if took.shared > target.shared:
-        found.append(f"{took.shared} bytes of {target.shared}")
+        found.append(f"{took.shared} bytes where there are {target.shared}")
+    if took.registers * took.threads > 65536:
+        found.append(f"{took.registers} registers of {took.threads} threads")
+    thought = reckoned(target, one)
+    if thought is not None and not thought - SLACK <= took.shared <= thought:
+        found.append(f"{took.shared} bytes where {thought} are reckoned")
     return found
 
 
@@ -297,43 +343,59 @@ def _listed(given: str | float | Sequence[Any]) -> list[str]:
 
 
 def main(
-    targets: str = ",".join(TARGETS),
-    shapes: str = ",".join(SHAPES),
-    kinds: str = ",".join(KINDS),
-    rows: str = ",".join(map(str, ROWS)),
+    targets: str | tuple[object, ...] = tuple(TARGETS),
+    shapes: str | tuple[object, ...] = tuple(SHAPES),
+    kinds: str | tuple[object, ...] = tuple(KINDS),
+    rows: int | tuple[int, ...] = ROWS,
 ) -> None:
-    """Print a line for each target, shape and number of rows: the largest shared memory of a kernel
-    in KB beside what there is, over all kinds of numbers, and which kernel that is."""
-    counts = [int(count) for count in _listed(rows)]
-    for name in _listed(targets):
-        target, begin, wrong = TARGETS[name], time.perf_counter(), []
-        compiler = Compiler(target)
-        print(f"{target.name}, {name}: {target.shared / 1024:.0f} KB", flush=True)
-        for shape in _listed(shapes):
-            most: dict[int, tuple[int, str]] = {}
-            for kind in _listed(kinds):
-                if not can(target, kind):
-                    continue
-                for count, some in launches(target, shape, kind, counts).items():
-                    for one, took in compiler(some):
-                        wrong += [
-                            f"{shape} {kind} {count} {one.name}: {f}"
-                            for f in faults(target, one, took)
-                        ]
-                        said = f"{one.name.removesuffix('.' + one.kernel.__name__)} {kind}"
-                        most[count] = max(most.get(count, (0, "")), (took.shared, said))
-            line = [
-                f"{count or 'prompt'}: {size / 1024:.0f} ({said})"
-                for count, (size, said) in most.items()
-            ]
-            print(f"  {shape:14}" + "  ".join(line), flush=True)
-        spilled = max(took.spilled for took in compiler.known.values())
-        took = time.perf_counter() - begin
-        print(
-            f"  {len(compiler.known)} kernels, {took:.0f} s, spills up to {spilled} bytes",
-            *wrong,
-            sep="\n  ",
+    """Print, for each target and shape, the largest shared memory of a kernel, in KB, by rows, and
+    which kernel that is; then what is wrong, with status 1."""
+    wrong = [
+        line
+        for name in _listed(targets)
+        for line in table(
+            TARGETS[name], _listed(shapes), _listed(kinds), [int(n) for n in _listed(rows)]
         )
+    ]
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+def _listed(given: object) -> list[str]:
+    if isinstance(given, (list, tuple)):
+        return [str(one) for one in given]
+    return str(given).split(",")
+
+
+def table(
+    target: Target, shapes: Sequence[str], kinds: Sequence[str], counts: Sequence[int]
+) -> list[str]:
+    """Of one target; returns what is wrong."""
+    begin, wrong, compiler = time.perf_counter(), [], Compiler(target)
+    major, minor = target.capability
+    print(f"{major}.{minor}, {target.name}, {target.shared / 1024:.0f} KB", flush=True)
+    for shape in shapes:
+        most: dict[int, tuple[int, str]] = {}
+        for kind in filter(partial(can, target), kinds):
+            for count, some in launches(target, shape, kind, counts).items():
+                for one, took in compiler(some):
+                    wrong += [
+                        f"{target.name}, {shape}, {kind}, {count} rows: {one.name}: {fault}"
+                        for fault in faults(target, one, took)
+                    ]
+                    said = f"{one.name.partition('.')[0]} {kind}"
+                    most[count] = max(most.get(count, (0, "")), (took.shared, said))
+        cells = [
+            f"{count or 'prompt'}: {size / 1024:.0f} ({said})"
+            for count, (size, said) in most.items()
+        ]
+        print(f"  {shape:14}", *cells, sep="  ", flush=True)
+    spilled = max(compiler.known.values(), key=lambda took: took.spilled).spilled
+    took = time.perf_counter() - begin
+    print(
+        f"  {len(compiler.known)} kernels in {took:.0f} s; spills up to {spilled} bytes", flush=True
+    )
+    return list(dict.fromkeys(wrong))
 
 
 if __name__ == "__main__":

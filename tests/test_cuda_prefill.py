@@ -348,7 +348,8 @@ for dtype in ("bf16", "fp32"):
         prefill._attend,
         dict(q=x, k=x, v=x, out=x, tiles="*i32"),
         dict(q_row="i32", out_row="i32", slot_stride="i32", scale="fp32"),
-        dict(G=4, K=8, E=128, E_PAD=128, BLOCK_M=cut.rows, BLOCK_N=cut.keys, WIDE=False, OVERLAP=True),
+        dict(G=4, K=8, E=128, E_PAD=128, BLOCK_M=cut.rows, BLOCK_N=cut.keys, WIDE=False,
+             OVERLAP=True),
         num_warps=cut.warps, num_stages=cut.stages,
     )
     for parts in (0, 4):
@@ -362,7 +363,8 @@ for dtype in ("bf16", "fp32"):
             dict(qkv="*fp32" if parts else x, cos="*fp32", sin="*fp32", places="*i64", k_cache=x,
                  v_cache=x, out=x),
             dict(qkv_row="i32", out_row="i32", part="i32"),
-            dict(PARTS=max(1, parts), H=32, K=8, E=128, E_PAD=128, H_BLOCK=32, K_BLOCK=8, OVERLAP=True),
+            dict(PARTS=max(1, parts), H=32, K=8, E=128, E_PAD=128, H_BLOCK=32, K_BLOCK=8,
+                 OVERLAP=True),
         )
     build(
         rows._silu_multiply, dict(joined=x, out=x), dict(joined_row="i32", out_row="i32"),
