@@ -278,6 +278,7 @@ def taken(kernel: Any) -> Taken:  # noqa: ANN401
     return Taken(kernel.metadata.shared, registers, threads, spilled, words)
 
 
+MOST_SPILLED = 1024  # bytes of a thread
 SLACK = 8192  # bytes that a kernel may take less than reckoned
 
 
@@ -313,8 +314,9 @@ def faults(target: Target, one: Launch, took: Taken) -> list[str]:
     found = [word for word in took.instructions if not there.get(word, True)]
     if took.shared > target.shared:
         found.append(f"{took.shared} bytes where there are {target.shared}")
-    if took.registers * took.threads > 65536:
-        found.append(f"{took.registers} registers of {took.threads} threads")
+    if took.registers * took.threads > 65536 or took.spilled > MOST_SPILLED:
+        spilled = f"{took.spilled} bytes for those that there are not"
+        found.append(f"{took.registers} registers of {took.threads} threads, {spilled}")
     thought = reckoned(target, one)
     if thought is not None and not thought - SLACK <= took.shared <= thought:
         found.append(f"{took.shared} bytes where {thought} are reckoned")
@@ -390,11 +392,9 @@ def table(
             for count, (size, said) in most.items()
         ]
         print(f"  {shape:14}", *cells, sep="  ", flush=True)
-    spilled = max(compiler.known.values(), key=lambda took: took.spilled).spilled
-    took = time.perf_counter() - begin
-    print(
-        f"  {len(compiler.known)} kernels in {took:.0f} s; spills up to {spilled} bytes", flush=True
-    )
+    spilled = max((took.spilled, key[0]) for key, took in compiler.known.items())
+    took, said = time.perf_counter() - begin, "a thread spills {} bytes at most ({})"
+    print(f"  {len(compiler.known)} kernels in {took:.0f} s;", said.format(*spilled), flush=True)
     return list(dict.fromkeys(wrong))
 
 

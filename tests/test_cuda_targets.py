@@ -127,7 +127,7 @@ def test_an_h200_keeps_the_blocks_that_were_measured_on_it(shape):
         size = 64 if shape == "1B" else 128
         for long in (False, True):
             blocks = decode_attention_blocks(rows, 8, long)
-            assert fitted_attention(blocks, 8, size, 2, H200["shared"]) == blocks
+            assert fitted_attention(blocks, 8, size, 2, **H200) == blocks
 
 
 def test_the_blocks_that_were_measured():
@@ -157,20 +157,22 @@ def test_the_blocks_that_were_measured():
 def test_less_memory_means_fewer_stages_and_then_smaller_blocks():
     blocks = SomeRows(16, 64, 128, 1, 6, 4)  # 20 KB a stage, one fewer in memory
     assert fitted_some_rows(blocks, "", 0, 2, **SMALL).stages == 5
-    assert fitted_some_rows(blocks, "", 0, 4, **SMALL) == blocks._replace(stages=3)
+    assert fitted_some_rows(blocks, "", 0, 4, **SMALL) == blocks._replace(block_k=64, stages=5)
     tight = SomeRows(128, 64, 128, 1, 3, 4)
     assert fitted_some_rows(tight, "", 0, 4, **SMALL) == tight._replace(block_k=64, stages=3)
+    assert fitted_some_rows(blocks, "", 0, 4, **H200) == blocks
+    assert fitted_some_rows(tight, "", 0, 4, (9, 0), 99 * 1024) == tight._replace(block_k=64)
     grouped = fitted_some_rows(tight, "int4", 128, 4, **SMALL)  # a turn has whole groups
     assert grouped == tight._replace(stages=2)
     eight = decode_attention_blocks(8, 8, True)
     assert eight.takes(4, 128, 2) > SMALL["shared"]
-    assert fitted_attention(eight, 4, 128, 2, SMALL["shared"]) == eight._replace(block=64)
+    assert fitted_attention(eight, 4, 128, 2, **SMALL) == eight._replace(block=64)
     three = decode_attention_blocks(3, 32, True)
-    assert fitted_attention(three, 1, 128, 4, H200["shared"]) == three._replace(block=64)
+    assert fitted_attention(three, 1, 128, 4, **H200) == three._replace(block=64)
     for size in range(16, 258, 2):
         for itemsize in (2, 4):
             for shared in (99 * 1024, 163 * 1024, 227 * 1024):
-                fits = fitted_attention(eight, 4, size, itemsize, shared)
+                fits = fitted_attention(eight, 4, size, itemsize, (9, 0), shared)
                 assert fits.takes(4, size, itemsize) <= shared
                 cut = Tiling(128, 128, 8, 3)
                 fits = fitted_tiling(cut, size, itemsize, (9, 0), shared)
@@ -178,7 +180,7 @@ def test_less_memory_means_fewer_stages_and_then_smaller_blocks():
 
 
 def test_what_fits_nowhere_is_as_small_as_it_can_be():
-    assert fitted_attention(DecodeAttention(8, 128, 3, 4), 4, 256, 4, 0).block == 16
+    assert fitted_attention(DecodeAttention(8, 128, 3, 4), 4, 256, 4, (8, 0), 0).block == 16
     small = fitted_some_rows(SomeRows(128, 64, 128, 1, 6, 4), "int4", 64, 2, (8, 0), 0)
     assert (small.block_n, small.block_k, small.stages) == (16, 64, 2)
 

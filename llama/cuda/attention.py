@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.cuda.epilogues import arranged_place
-from llama.cuda.launch import allow, fetch, launch, multiprocessors_and_memory, overlap, wait
+from llama.cuda.launch import (
+    allow,
+    capability,
+    fetch,
+    launch,
+    multiprocessors_and_memory,
+    overlap,
+    wait,
+)
 from llama.cuda.tuning import decode_attention_blocks, fitted_attention, power_of_two
 
 
@@ -135,7 +143,7 @@ class DecodeAttention:
         self, max_rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device
     ) -> None:
         self.extra = overlap(device)
-        self.shared = multiprocessors_and_memory(device)[1]
+        self.limits = capability(device), multiprocessors_and_memory(device)[1]
         self.most_rows = max(2, power_of_two(max_rows))  # one kernel serves every number of rows
         most = max_rows + max(
             decode_attention_blocks(r, kv_heads, long).programs
@@ -169,7 +177,7 @@ class DecodeAttention:
         longest, kv_heads = k.shape[1:3]
         groups, itemsize = heads // kv_heads, k.element_size()
         programs, block, stages, warps, ahead = fitted_attention(
-            decode_attention_blocks(rows, kv_heads, long), groups, size, itemsize, self.shared
+            decode_attention_blocks(rows, kv_heads, long), groups, size, itemsize, *self.limits
         )
         launch(_attend, (programs + rows, kv_heads))(
             q, q.stride(0), k, v, slots, lengths, out,

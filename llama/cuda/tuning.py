@@ -192,6 +192,10 @@ def decode_attention_blocks(rows: int, kv_heads: int, long: bool) -> DecodeAtten
 
 # ---- on a GPU with less memory
 
+# Of compute capabilities, the first number of the one that was measured. float32 is not multiplied
+# by tensor cores, and compilers for others find no registers for as much of it.
+MEASURED = 9
+
 Staged = TypeVar("Staged", SomeRows, DecodeAttention, Tiling)
 
 
@@ -228,6 +232,8 @@ def fitted_some_rows(
     shared: int,
 ) -> SomeRows:
     by_itself = direct(capability, itemsize)
+    if itemsize == 4 and capability[0] != MEASURED:
+        blocks = blocks._replace(block_k=min(blocks.block_k, max(64, group)))
     return fitted(
         blocks,
         lambda some: some.smaller(group),
@@ -237,10 +243,16 @@ def fitted_some_rows(
 
 
 def fitted_attention(
-    blocks: DecodeAttention, groups: int, size: int, itemsize: int, shared: int
+    blocks: DecodeAttention,
+    groups: int,
+    size: int,
+    itemsize: int,
+    capability: tuple[int, int],
+    shared: int,
 ) -> DecodeAttention:
-    if itemsize == 4:  # is not multiplied by tensor cores: more does not find registers
-        most = max(16, 8192 // power_of_two(size))
+    if itemsize == 4:
+        numbers = 8192 if capability[0] == MEASURED else 4096
+        most = max(16, numbers // power_of_two(size))
         blocks = blocks._replace(block=min(blocks.block, most))
     return fitted(
         blocks, DecodeAttention.smaller, lambda some: some.takes(groups, size, itemsize), shared
