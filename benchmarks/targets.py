@@ -6,8 +6,8 @@
 The launches are those that the captured step and the forward of prompts make: their own code runs,
 on tensors without memory, before a driver that says it has the GPU asked for, and what it would
 launch is written down instead. The surprising thing: a kernel is compiled for one of all shapes
-that differ only in sizes over which it has a loop, since these change neither shared memory nor
-registers (`alike`); `--every` compiles them all, for hours.
+that differ only in sizes over which it has a loop, since these change neither shared memory nor,
+but for a few, registers (`alike`).
 
 Triton keeps what it compiled in its cache on disk. Needs no GPU, and no TRITON_INTERPRET.
 """
@@ -250,8 +250,8 @@ def alike(one: Launch) -> tuple[object, ...]:
 
 
 class Taken(NamedTuple):
-    """By a compiled kernel: bytes that a program shares, registers of a thread, bytes of it that
-    found no register, and instructions that not every GPU has."""
+    """By a compiled kernel: bytes that a program shares, registers of a thread, threads, bytes of
+    a thread that found no register, and instructions that not every GPU has."""
 
     shared: int
     registers: int
@@ -336,12 +336,6 @@ class Compiler:
             made = threads.map(lambda one: taken(one.compiled(self.target)), new.values())
             self.known |= dict(zip(new, made, strict=True))
         return [(one, self.known[alike(one)]) for one in some]
-
-
-def _listed(given: str | float | Sequence[Any]) -> list[str]:
-    return [
-        str(one) for one in (given if isinstance(given, (list, tuple)) else str(given).split(","))
-    ]
 
 
 def main(

@@ -5,21 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BYTES_VOCAB, tiny_args, unit_scale, write_tokenizer
+from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
 
 import llama.demo
 from llama import Llama
 from llama.cache import Batch
 from llama.checkpoint import load, make_plan, open_checkpoint, random_checkpoint, write_meta
 from llama.engine import Engine
-from llama.model import ModelArgs, Transformer
+from llama.model import ModelArgs
 from llama.parallel import ONE
 from llama.sampling import SamplingParams
 
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
-from llama.cuda import supported
 from llama.cuda.launch import compile_together
 from llama.cuda.rows import rms_norm
 from llama.cuda.step import CapturedStep, Row
@@ -196,30 +195,3 @@ def test_what_is_compiled_together_does_not_run_and_needs_no_compiling_later():
         rms_norm(x, gain, 1e-5, out)
         assert len(compiled) == 2
     torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, (128,), gain, 1e-5))
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        dict(dim=4096, n_heads=32, n_kv_heads=32, hidden_dim=11008),  # Llama 2 7B's
-        dict(dim=5120, n_heads=40, n_kv_heads=40, hidden_dim=13824),  # and 13B's
-        *(dict(dim=1024, n_heads=8, n_kv_heads=2, head_dim=size) for size in (18, 96, 100, 256)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("slots", [1, 3, 32])
-def test_every_shape_says_the_same_with_kernels_and_without_in_float32(shape, slots):
-    """None of its kernels asks for more memory than programs share here."""
-    args = ModelArgs(n_layers=2, vocab_size=BYTES_VOCAB, **shape)
-    model = unit_scale(Transformer(args)).to("cuda").requires_grad_(False)
-    assert supported(args, torch.float32, torch.device("cuda")) is None
-    prompts = [[(7 * i + j * j) % BYTES_VOCAB for j in range(3 + 11 * i)] for i in range(4)]
-    answers = []
-    for kernels in (False, True):
-        engine = Engine(model, max_batch_size=slots, max_seq_len=128, kernels=kernels)
-        params = SamplingParams(temperature=0, max_tokens=20)
-        requests = [engine.submit(prompt, params) for prompt in prompts * -(-slots // 4)]
-        while not engine.idle:
-            engine.step()
-        answers.append([request.tokens for request in requests])
-    assert answers[0] == answers[1]

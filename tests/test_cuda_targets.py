@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import cubins
+from conftest import BYTES_VOCAB, unit_scale
 
-from llama.cuda import launch
+from llama.cuda import launch, supported
 from llama.cuda.launch import multiprocessors_and_memory, use_less
 from llama.cuda.products import Products
 from llama.cuda.tuning import (
@@ -30,6 +31,9 @@ from llama.cuda.tuning import (
     some_rows_blocks,
     wide_blocks,
 )
+from llama.engine import Engine
+from llama.model import ModelArgs, Transformer
+from llama.sampling import SamplingParams
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 H200 = dict(capability=(9, 0), shared=232448)
@@ -198,3 +202,34 @@ def test_a_gpu_that_could_not_load_a_kernel_gets_smaller_ones(monkeypatch):
     assert len(blocks) == 2
     assert blocks[0] != blocks[1]
     assert multiprocessors_and_memory(device)[1] == shared >= launch.LEAST_SHARED
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(dim=4096, n_heads=32, n_kv_heads=32, hidden_dim=11008),  # Llama 2 7B's
+        dict(dim=5120, n_heads=40, n_kv_heads=40, hidden_dim=13824),  # and 13B's
+        *(dict(dim=1024, n_heads=8, n_kv_heads=2, head_dim=size) for size in (18, 96, 100, 256)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("slots", [1, 3, 32])
+def test_every_shape_says_the_same_with_kernels_and_without_in_float32(shape, slots):
+    """None of its kernels asks for more memory than programs share here."""
+    args = ModelArgs(n_layers=2, vocab_size=BYTES_VOCAB, **shape)
+    model = unit_scale(Transformer(args)).to("cuda").requires_grad_(False)
+    assert supported(args, torch.float32, torch.device("cuda")) is None
+    prompts = [[(7 * i + j * j) % BYTES_VOCAB for j in range(3 + 11 * i)] for i in range(4)]
+    answers = []
+    for kernels in (False, True):
+        engine = Engine(model, max_batch_size=slots, max_seq_len=128, kernels=kernels)
+        params = SamplingParams(temperature=0, max_tokens=20)
+        requests = [engine.submit(prompt, params) for prompt in prompts * -(-slots // 4)]
+        while not engine.idle:
+            engine.step()
+        answers.append([request.tokens for request in requests])
+    assert answers[0] == answers[1]
