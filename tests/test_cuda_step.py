@@ -99,6 +99,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=9)
         {"n_kv_heads": 4},
         {"head_dim": 32, "tied": True},
         {"dim": 48, "hidden_dim": 80},
+        {"head_dim": 96},
+        {"head_dim": 100, "n_heads": 2},
+        {"head_dim": 18, "n_kv_heads": 2},
     ],
 )
 def test_a_captured_row_is_the_plain_one(changes):
