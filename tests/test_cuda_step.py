@@ -180,9 +180,9 @@ def test_logits_that_are_not_finite_end_their_request_alone(monkeypatch):
         engine.step()
     engine.cache.k[0, bad.slot, 0] = float("nan")
     engine.step()  # was in flight before
-    with pytest.raises(FloatingPointError, match="not finite"):
-        engine.step()
+    engine.step()
     assert bad.finish_reason == "error"
+    assert "not finite" in str(bad.error)
     while not engine.idle:
         engine.step()
     assert good.tokens == alone
