@@ -153,3 +153,12 @@ class KVCache:
         was in them can no longer reach anybody, not even as NaN."""
         self.k[:, slot, :length].zero_()
         self.v[:, slot, :length].zero_()
+
+    def is_finite(self, slot: int, length: int) -> bool:
+        """Whether the first `length` keys and values of a slot are all numbers."""
+        for held in (self.k, self.v):
+            for layer in held[:, slot, :length]:
+                low, high = layer.aminmax()
+                if not (low.isfinite() and high.isfinite()):
+                    return False
+        return True

@@ -38,13 +38,15 @@ class Watch(threading.Thread):
     A collective of gloo fails when its partner dies. One of NCCL, or one over a cable that was cut,
     just waits. So the ranks exchange a sign of life every second; when one is missing, and this
     rank waits for the others and does not get on, nothing can come any more, and the process exits.
-    Where it does not wait for anybody nothing is done: it will notice when it does.
+    Where it does not wait for anybody nothing is done: it will notice when it does. With the sign
+    of life each rank says whether it `failed` in a step, in which the others wait for it as well.
     """
 
     def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
         super().__init__(name="llama-watch", daemon=True)
         self.rank, self.size, self.group = rank, size, group
         self.waiting_since: float | None = None
+        self.failed = False
         self._leaving = threading.Event()
         atexit.register(self.leave)
 
@@ -52,6 +54,10 @@ class Watch(threading.Thread):
         try:
             while not self._leaving.wait(BEAT):
                 dist.monitored_barrier(self.group, PATIENCE, wait_all_ranks=True)
+                failed = torch.tensor([self.rank if self.failed else self.size], device="cpu")
+                dist.all_reduce(failed, dist.ReduceOp.MIN, self.group)
+                if int(failed) < self.size and not self.failed:
+                    raise RuntimeError(f"rank {int(failed)} failed in a step")
         except RuntimeError as error:
             began = self.waiting_since
             while not self._leaving.wait(GRACE):
@@ -106,6 +112,11 @@ class Ranks:
         finally:
             if self.watch:
                 self.watch.waiting_since = None
+
+    def fail(self) -> None:
+        """Let the others know that this rank gave a step up, which they cannot end without it."""
+        if self.watch:
+            self.watch.failed = True
 
     def exchange(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's `values` (equally many on each), in order of rank: one small collective.

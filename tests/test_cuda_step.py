@@ -99,6 +99,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=9)
         {"n_kv_heads": 4},
         {"head_dim": 32, "tied": True},
         {"dim": 48, "hidden_dim": 80},
+        {"head_dim": 96},
+        {"head_dim": 100, "n_heads": 2},
+        {"head_dim": 18, "n_kv_heads": 2},
     ],
 )
 def test_a_captured_row_is_the_plain_one(changes):
@@ -177,9 +180,9 @@ def test_logits_that_are_not_finite_end_their_request_alone(monkeypatch):
         engine.step()
     engine.cache.k[0, bad.slot, 0] = float("nan")
     engine.step()  # was in flight before
-    with pytest.raises(FloatingPointError, match="not finite"):
-        engine.step()
+    engine.step()
     assert bad.finish_reason == "error"
+    assert "not finite" in str(bad.error)
     while not engine.idle:
         engine.step()
     assert good.tokens == alone

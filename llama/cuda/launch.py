@@ -28,6 +28,8 @@ T = TypeVar("T")
 # Kernels, while they are not to run; of this thread alone, since others go on launching theirs.
 _gathered: ContextVar[list[Any] | None] = ContextVar("gathered", default=None)
 
+LEAST_SHARED = 32 * 1024  # bytes of a program below which blocks are not made for
+
 INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter, on CPU tensors: tests
 
 
@@ -123,9 +125,23 @@ def index_of(device: torch.device) -> int:
 def multiprocessors_and_memory(device: torch.device) -> tuple[int, int]:
     """Of a GPU, and how many bytes of it a program may share; in the interpreter some."""
     if INTERPRETED or device.type != "cuda":
-        return 1, 227 * 1024
+        return 1, _less.get(device, 227 * 1024)
     found = triton.runtime.driver.active.utils.get_device_properties(index_of(device))
-    return found["multiprocessor_count"], found["max_shared_mem"]
+    shared = found["max_shared_mem"]
+    return found["multiprocessor_count"], min(shared, _less.get(device, shared))
+
+
+_less: dict[torch.device, int] = {}  # bytes for a program, where a kernel found too few
+
+
+def use_less(device: torch.device) -> bool:
+    """Have the kernels of whatever is made from now on share half as much memory, for a device that
+    could not load one; False where they are as small as they can be."""
+    shared = multiprocessors_and_memory(device)[1] // 2
+    if shared < LEAST_SHARED:
+        return False
+    _less[device] = shared
+    return True
 
 
 @cache
