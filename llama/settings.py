@@ -14,6 +14,7 @@ from llama.tokenizer import TextTokenizer, spare_rows
 
 CHUNK_ROWS = 2048  # tokens of a step at most: they fill a GPU, and take little memory
 DEFAULT_SEQ_LEN = 8192
+FEW_ROWS = 256  # of a vocabulary that no token has, however many there are
 
 
 def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -> ModelArgs:
@@ -36,10 +37,13 @@ def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -
 def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs, path: object) -> None:
     """ValueError where tokenizer and model cannot belong together.
 
-    A model may have more rows than its tokenizer has tokens, since none of them is ever chosen. It
-    is another model's where it has many more than anybody pads by, see `spare_rows`.
+    A model may have more rows than its tokenizer has tokens, since none of them is ever chosen: a
+    few, or as many as `spare_rows` says where they, or all rows, are a multiple of 8. A file of
+    ranks that was cut short leaves any number, and other ids to the special tokens behind them.
     """
-    if not 0 <= args.vocab_size - tokenizer.n_words <= spare_rows(tokenizer.n_words):
+    words, spare = tokenizer.n_words, args.vocab_size - tokenizer.n_words
+    padded = spare % 8 == 0 or args.vocab_size % 8 == 0
+    if not 0 <= spare <= (spare_rows(words) if padded else min(FEW_ROWS, words // 64)):
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.n_words} tokens and the model "
             f"{args.vocab_size}: they belong to different models"

@@ -1,6 +1,8 @@
 """Laws of the model: what it computes, by comparison with transformers and with itself."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -11,7 +13,7 @@ from llama import parallel
 from llama.cache import Batch
 from llama.model import ModelArgs, RMSNorm, RopeScaling, Transformer, rope_frequencies
 from llama.parallel import float32_product
-from llama.settings import with_limits
+from llama.settings import check_vocabulary, with_limits
 
 SHAPES = {
     "llama3": {},
@@ -406,6 +408,19 @@ def test_the_limits_of_a_run_are_whole_numbers_of_any_kind(kind):
         for limits in ((wrong, 50), (3, wrong)):
             with pytest.raises(ValueError, match="must be a positive whole number"):
                 with_limits(tiny_args(), *limits)
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "fits"),
+    [(512, 520, True), (546, 812, False), (1536, 1544, True), (1536, 1792, True),
+     (1536, 2304, True), (1536, 1540, True), (1536, 1700, False), (32000, 32001, True),
+     (32000, 32768, True), (32000, 128256, False), (128256, 32000, False), (128256, 129024, True),
+     (128256, 130048, True), (128256, 131072, False), (128000, 128256, True)],
+)  # fmt: skip
+def test_padding_of_any_size_that_people_ship_fits(words, rows, fits):
+    tokenizer = SimpleNamespace(n_words=words)
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="different models"):
+        check_vocabulary(tokenizer, tiny_args(vocab_size=rows), "here")
 
 
 def test_a_rectangle_that_does_not_fit_is_refused(tiny):
