@@ -254,6 +254,9 @@ def float32_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Ten
     with torch.autocast(x.device.type, enabled=False):
         if x.dtype == weight.dtype == torch.float32:
             return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
+        if x.dtype == weight.dtype == torch.float64:
+            product = F.linear(x, weight).float()
+            return product if out is None else out.copy_(product)
         if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
             if out is None:
                 out = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)

@@ -318,7 +318,10 @@ def test_a_weight_in_many_blocks_is_the_whole_weight(monkeypatch):
         assert (out[:, 106:] == 7).all()
 
 
-@pytest.mark.parametrize("dtypes", [(h, h) for h in HALF] + [(torch.bfloat16, torch.float32)])
+WIDE = [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+
+
+@pytest.mark.parametrize("dtypes", [(h, h) for h in HALF] + WIDE)
 def test_the_product_of_logits_has_the_gradients_of_a_product(dtypes):
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 24, generator=generator) for n in (6, 50))
