@@ -81,9 +81,10 @@ def test_no_kernel_is_asked_to_share_more_than_there_is():
     assert all(over <= 0 for over in found.values()), found
 
 
-SPREAD = [("8.6", "8B", "bf16", 8), ("12.0", "heads of 96", "bf16", 2), ("8.0", "576", "int4", 1)]
+SPREAD = [("8.6", "8B", "bf16", 8), ("12.0", "heads of 96", "int4", 1)]
 
 
+@pytest.mark.timeout(900)  # a busy machine compiles slowly
 @pytest.mark.parametrize(("target", "shape", "kind", "rows"), SPREAD)
 def test_kernels_of_a_step_compile_for_other_gpus(target, shape, kind, rows):
     """Shared memory, registers and instructions are what the chip has and what was reckoned. The

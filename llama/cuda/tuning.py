@@ -193,7 +193,7 @@ def decode_attention_blocks(rows: int, kv_heads: int, long: bool) -> DecodeAtten
 # ---- on a GPU with less memory
 
 # Of compute capabilities, the first number of the one that was measured. float32 is not multiplied
-# by tensor cores, and compilers for others find no registers for as much of it.
+# by tensor cores, and for others, or large heads, compilers find no registers for as much of it.
 MEASURED = 9
 
 Staged = TypeVar("Staged", SomeRows, DecodeAttention, Tiling)
@@ -251,7 +251,7 @@ def fitted_attention(
     shared: int,
 ) -> DecodeAttention:
     if itemsize == 4:
-        numbers = 8192 if capability[0] == MEASURED else 4096
+        numbers = 8192 if capability[0] == MEASURED and size <= 128 else 4096
         most = max(16, numbers // power_of_two(size))
         blocks = blocks._replace(block=min(blocks.block, most))
     return fitted(
