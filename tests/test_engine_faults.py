@@ -48,7 +48,7 @@ def finish(engine, most=300):
 def empty(engine):
     """Whether no request and no slot is left behind."""
     engine.step()
-    return engine.idle and not engine._live and not engine.waiting and not engine.running
+    return engine.idle and not engine._live and not engine._waiting and not engine._running
 
 
 def answers(engine, prompts, params):

@@ -174,7 +174,7 @@ def test_a_stream_that_is_thrown_away_takes_no_lock(shared):
     llama = shared()
     stream = llama.stream_text_completion(["Once"], 0, max_gen_len=50)
     next(stream)
-    request = llama.engine.running[0]
+    request = llama.engine._running[0]
     held, done = threading.Event(), threading.Event()
 
     def hold():

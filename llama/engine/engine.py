@@ -171,14 +171,20 @@ class Engine:
         return all(request.finish_reason is not None for request in list(self._live))
 
     @property
-    def running(self) -> list[Request]:
+    def _running(self) -> list[Request]:
         """The live requests that have a slot, in the order of arrival."""
         return [r for r in list(self._live) if r.slot >= 0 and r.finish_reason is None]
 
     @property
-    def waiting(self) -> list[Request]:
+    def _waiting(self) -> list[Request]:
         """The live requests that have none, in the order of arrival."""
         return [r for r in list(self._live) if r.slot < 0 and r.finish_reason is None]
+
+    @property
+    def _free(self) -> list[int]:
+        """The slots that no live request has; one that ended is live until it was swept."""
+        taken = {request.slot for request in list(self._live)}
+        return [slot for slot in range(self.cache.n_slots) if slot not in taken]
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -192,7 +198,7 @@ class Engine:
             self._sweep()
             self._agree()
             self._admit()
-            running = self.running
+            running = self._running
             seen = [len(request.choices) for request in running]
             if running:
                 self._advance(running)
@@ -241,11 +247,10 @@ class Engine:
 
     def _admit(self) -> None:
         """Give the first of those that wait the slots that are free."""
-        waiting = self.waiting
+        waiting = self._waiting
         if not waiting:
             return
-        taken = {request.slot for request in list(self._live)}
-        free = [slot for slot in range(self.cache.n_slots) if slot not in taken]
+        free = self._free
         coming = waiting[: len(free)]
         for going_on in (True, False) if self.reuse else (False,):
             for request in coming:
