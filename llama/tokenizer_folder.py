@@ -406,7 +406,7 @@ def _of_pieces(data: bytes, said: _Said) -> MetaspaceTokenizer:
         names = dict(zip(names, control, strict=False))
     vocabulary = _Vocabulary(vocab)
     words, names = said.tokens([], {"unk_token": "<unk>", **names})
-    vocabulary.add(words)
+    vocabulary.add(words if known else (word._replace(normalized=False) for word in words))
     vocabulary.add(word for word in own if word.content not in vocabulary.words)
     bos, eos = _ends(vocabulary.words, names)
     vocabulary.special((bos, eos))
