@@ -142,9 +142,9 @@ def _byte_level(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> Toke
         raise ValueError("says no tokenizer.ggml.eos_token_id")
     prefix, suffix = _around(file, bos, eos if said is None else said)
     stops = {ids[key] for key in _STOP_KEYS} | {known.get(name) for name in _STOPS}
-    for token in (bos, eos, *stops):
-        if token in added:  # also where the file calls it a user's word
-            added[token] = added[token]._replace(special=True)
+    for end in (bos, eos, *stops):
+        if end is not None and end in added:  # also where the file calls it a user's word
+            added[end] = added[end]._replace(special=True)
     special = {word.content: word.id for word in added.values() if word.special}
     return Tokenizer.from_ranks(
         ranks,
