@@ -32,10 +32,8 @@ from test_layouts import (
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import ChatFormat, Llama
-from llama.checkpoint import open_checkpoint
 from llama.llama2 import open_tokenizer
 from llama.perplexity import score
-from llama.quantization import write_quantized
 from llama.templates import LLAMA3_TEMPLATE, TemplateFormat, choose_format
 
 
@@ -236,15 +234,6 @@ def test_a_completion_and_a_score_begin_as_the_tokenizer_begins(tmp_path, weight
     assert windows
     assert all(prompt[: len(begin)] == begin for prompt in seen)
     assert measured.tokens == len(BASE.encode("hello the user", bos=False, eos=False)) - (not begin)
-
-
-def test_a_quantized_folder_keeps_what_lies_beside_the_vocabulary(tmp_path, weights):
-    given = layout(byte_level(words("<|im_start|>")), template=CHATML, eos_token="<|im_end|>",
-                   additional_special_tokens=["<x>"])  # fmt: skip
-    folder = write(given, tmp_path / "a", weights)
-    write_quantized(open_checkpoint(folder), tmp_path / "b", "int8")
-    one, two = (open_checkpoint(tmp_path / name).open_tokenizer() for name in "ab")
-    assert (one.added, one.names, one.prefix) == (two.added, two.names, two.prefix)
 
 
 def test_a_path_to_tokenizer_model_reads_what_lies_beside(tmp_path):

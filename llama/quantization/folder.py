@@ -20,7 +20,6 @@ from llama.checkpoint.quantized import FILE, KEY, VERSION
 from llama.checkpoint.resharding import new_folder, write_checklist
 from llama.checkpoint.safetensors import header_of
 from llama.checkpoint.source import Checkpoint, cast, rows_of
-from llama.llama2 import tokenizer_files
 from llama.progress import progress
 from llama.quantization.placing import pack_rows
 from llama.quantization.recipe import Recipe, described, formats_of
@@ -46,7 +45,7 @@ def write_quantized(
     can be known. An interrupted run leaves nothing under the name `dst`.
     """
     formats = formats_of(recipe, checkpoint.args)
-    tokenizer = _tokenizer_files(checkpoint)
+    tokenizer = _tokenizer_file(checkpoint)
     layout = _layout(checkpoint, formats)
     size = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
     said = {
@@ -62,26 +61,25 @@ def write_quantized(
             _write(part / FILE, header, layout, checkpoint, formats, torch.device(device), advance)
         text = json.dumps(params_of(checkpoint.args, say_tied=True)) + "\n"
         (part / "params.json").write_text(text, encoding="utf-8")
-        for name, data in tokenizer.items():
-            (part / name).write_bytes(data)
+        if tokenizer is not None:
+            (part / tokenizer[0]).write_bytes(tokenizer[1])
         with progress("checksums", size, unit="B", enabled=show_progress) as advance:
             write_checklist(part, advance)
     return Path(dst)
 
 
-def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The tokenizer's files by their names there, also of one that came inside another file."""
+def _tokenizer_file(checkpoint: Checkpoint) -> tuple[str, bytes] | None:
+    """Name and bytes of the tokenizer's file, also of one that came inside another file."""
     path = checkpoint.tokenizer_path
     if path is not None:
-        whole, *beside = tokenizer_files(path)
-        name = "tokenizer.json" if whole.suffix == ".json" else "tokenizer.model"
-        return {name: whole.read_bytes()} | {file.name: file.read_bytes() for file in beside}
+        name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
+        return name, path.read_bytes()
     tokenizer = checkpoint.open_tokenizer()
     if isinstance(tokenizer, Tokenizer):
-        return {"tokenizer.model": ranks_file(tokenizer)}
+        return "tokenizer.model", ranks_file(tokenizer)
     why = "has no tokenizer" if tokenizer is None else "has a tokenizer that no file can hold"
     logger.warning("%s %s, so none is written", checkpoint.path, why)
-    return {}
+    return None
 
 
 def _layout(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> _Layout:
