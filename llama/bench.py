@@ -8,7 +8,7 @@ has their keys; so all rows begin at the same step, with equally many keys.
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from llama.checkpoint import (
     random_checkpoint,
 )
 from llama.checkpoint.packed import Format
-from llama.engine import Engine
+from llama.engine import Engine, Request
 from llama.limits import (
     decode_bytes,
     device_name,
@@ -161,8 +161,16 @@ def random_prompt(length: int, vocab: int, seed: int) -> list[int]:
 
 def first_tokens(engine: Engine, prompt: list[int]) -> None:
     request = engine.submit(prompt, replace(GREEDY, max_tokens=FIRST_TOKENS))
-    while len(request.tokens) < FIRST_TOKENS:
+    while request.finish_reason is None:
         engine.step()
+    raise_errors([request])
+
+
+def raise_errors(requests: Sequence[Request]) -> None:
+    """Raise what a request failed with: its steps are no measurement."""
+    for request in requests:
+        if request.error is not None:
+            raise request.error
 
 
 def decode_seconds(
@@ -195,6 +203,7 @@ def decode_seconds(
         now = time.perf_counter()
         seconds.append((now - last) / size)
         last = now
+    raise_errors(requests)
     for request in requests:
         engine.cancel(request, "measured")
     return statistics.median(seconds), context + WARM + (steps - 1) / 2
@@ -206,9 +215,10 @@ def prefill_seconds(engine: Engine, length: int, repeats: int = 3) -> float:
     prompts = [random_prompt(length, vocab, seed) for seed in range(repeats + 1)]
 
     def answer() -> None:
-        engine.submit(prompts.pop(), replace(GREEDY, max_tokens=1))
+        request = engine.submit(prompts.pop(), replace(GREEDY, max_tokens=1))
         while not engine.idle:
             engine.step()
+        raise_errors([request])
 
     return statistics.median(times(answer, engine.device, repeats))
 
@@ -281,7 +291,7 @@ def measure(
         raise ValueError("bench measures a single process: start it without torchrun")
     checkpoint = replace(checkpoint, args=args)
     formats = checkpoint.formats if quantize is None else formats_of(quantize, args)
-    check_memory(checkpoint, ranks, device, kind, CHUNK_ROWS, formats=formats)
+    check_memory(checkpoint, ranks, device, kind, CHUNK_ROWS, formats=formats, kernels=kernels)
     model = load(
         checkpoint,
         ranks=ranks,
@@ -334,7 +344,8 @@ def _measure_one(
         report.left_out.append(f"{what}: the model's context is {args.context_length} tokens")
         return
     plan = make_plan(args, dtype=kind, max_batch_size=job.rows, max_seq_len=job.room,
-                     chunk=CHUNK_ROWS, device=device.type, formats=formats)  # fmt: skip
+                     chunk=CHUNK_ROWS, device=device.type, kernels=kernels,
+                     formats=formats)  # fmt: skip
     needed, free = plan.cache + plan.workspace, free_memory(device)
     if needed > free:
         sizes = f"{needed / GIB:.2f} GiB beside the weights, and {free / GIB:.2f} are free"

@@ -11,15 +11,16 @@ R sequences that bring one token, S slots they span, L the longest of them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """Sequences that share one causal attention: equally long ones that begin in this batch, or one
     that continues what is in its slot."""
 
@@ -27,7 +28,17 @@ class Run(NamedTuple):
     sequences: int
     length: int  # keys each has after this batch
     slot: int | None  # where the earlier keys are; None: there are none
-    mask: Tensor | None  # (S, L): query i sees keys 0..L-S+i; None: as many keys as queries
+    device: torch.device | str
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(S, L): query i sees keys 0..L-S+i; None: as many keys as queries. Made when asked, since
+        it is as large as the scores of one head, and where a kernel does without nobody does."""
+        if self.slot is None:
+            return None
+        queries = (self.rows.stop - self.rows.start) // self.sequences
+        mask = torch.ones(queries, self.length, dtype=torch.bool, device=self.device)
+        return mask.tril(self.length - queries)
 
 
 class Batch:
@@ -82,8 +93,7 @@ class Batch:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """The sequences of more than one token; made when asked, since their masks are as large as
-        the scores of one head, and kernels do without."""
+        """The sequences of more than one token."""
         slots, runs = self.slots, []
 
         def kind(i: int) -> tuple[int, int | None]:
@@ -93,13 +103,7 @@ class Batch:
         for (length, slot), group in groupby(range(self.ones, len(self.counts)), key=kind):
             ids = list(group)
             rows = slice(self.starts[ids[0]], self.starts[ids[-1] + 1])
-            mask = None
-            if slot is not None:
-                mask = torch.ones(
-                    rows.stop - rows.start, length, dtype=torch.bool, device=self._device
-                )
-                mask = mask.tril(length - len(mask))
-            runs.append(Run(rows, len(ids), length, slot, mask))
+            runs.append(Run(rows, len(ids), length, slot, self._device))
         return runs
 
 
@@ -133,9 +137,10 @@ class KVCache:
         return batch.slot_of_row * self.max_seq_len + positions
 
     def write(self, layer: int, k: Tensor, v: Tensor, places: Tensor) -> None:
-        """Store rows `k` and `v` (N, K, E) at `places` (N,)."""
-        self.k[layer].flatten(0, 1).index_copy_(0, places, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, places, v)
+        """Store rows `k` and `v` (N, K, E) at `places` (N,), in the cache's dtype: under autocast
+        they come in another."""
+        self.k[layer].flatten(0, 1).index_copy_(0, places, k.to(self.k.dtype))
+        self.v[layer].flatten(0, 1).index_copy_(0, places, v.to(self.v.dtype))
 
     def read(self, layer: int, lo: int, hi: int, length: int) -> tuple[Tensor, Tensor]:
         """Views of the first `length` keys and values of slots lo..hi-1: (hi - lo, K, length,
@@ -143,7 +148,17 @@ class KVCache:
         k, v = self.k[layer, lo:hi, :length], self.v[layer, lo:hi, :length]
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def forget(self, slot: int) -> None:
-        """Set a slot to zeros: what was in it can no longer reach anybody, not even as NaN."""
-        self.k[:, slot].zero_()
-        self.v[:, slot].zero_()
+    def forget(self, slot: int, length: int | None = None) -> None:
+        """Set the first `length` positions of a slot to zeros, all of them where it is None: what
+        was in them can no longer reach anybody, not even as NaN."""
+        self.k[:, slot, :length].zero_()
+        self.v[:, slot, :length].zero_()
+
+    def is_finite(self, slot: int, length: int) -> bool:
+        """Whether the first `length` keys and values of a slot are all numbers."""
+        for held in (self.k, self.v):
+            for layer in held[:, slot, :length]:
+                low, high = layer.aminmax()
+                if not (low.isfinite() and high.isfinite()):
+                    return False
+        return True

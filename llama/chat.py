@@ -14,6 +14,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import OutOfMemoryError
+
 from llama.cli import sentence
 from llama.conversation import Conversation
 from llama.engine import Request
@@ -61,6 +63,8 @@ class Answers:
             while request.finish_reason is None:
                 self.ranks.exchange([True])
                 self.engine.step()
+                if request.error is not None:
+                    raise request.error
                 yield request
         except GeneratorExit:
             if request.finish_reason is None:
@@ -73,13 +77,12 @@ class Answers:
         while message := self.ranks.tell():
             ids, params = pickle.loads(message)
             request = self.engine.submit(ids, params)
-            with contextlib.suppress(FloatingPointError):  # the first rank says it
-                while request.finish_reason is None:
-                    goes_on = self.ranks.exchange([True])[0][0]
-                    if goes_on:
-                        self.engine.step()
-                    else:
-                        self.engine.cancel(request, "cancelled")
+            while request.finish_reason is None:
+                goes_on = self.ranks.exchange([True])[0][0]
+                if goes_on:
+                    self.engine.step()
+                else:
+                    self.engine.cancel(request, "cancelled")
 
     def close(self) -> None:
         self.ranks.tell(b"")
@@ -121,7 +124,7 @@ class Chat:
             except BrokenPipeError:  # nobody reads on
                 self.answers.close()
                 raise
-            except (ValueError, OSError, FloatingPointError) as error:
+            except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
                 self.terminal.note(sentence(error))
             except KeyboardInterrupt as pressed:
                 if pressed.args or not self.terminal.interactive:

@@ -168,6 +168,8 @@ def decode_speed(llama: Llama) -> float:
         while not engine.idle:
             engine.step()
         seconds.append(time.perf_counter() - began)
+        if request.error is not None:
+            raise request.error
         assert len(request.tokens) == limit, request
     return (limit - 1) / statistics.median(seconds)
 

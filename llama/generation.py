@@ -3,14 +3,16 @@
 It turns text into ids, hands them to the engine, and turns the engine's events back into text. It
 knows nothing of how a step is run. The surprising thing: there is one path. `text_completion` and
 `chat_completion` join what their streaming forms yield, and `generate` reads the same events as
-ids.
+ids. Several threads may be on it: one of them steps the engine for all, the others wait for it.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import index
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -21,7 +23,7 @@ from llama.llama2 import RefusedDialog, chat_format
 from llama.model import RopeScaling, Transformer
 from llama.parallel import join, local_device
 from llama.quantization import Recipe, check_ranks, formats_of, load, recipes_for
-from llama.sampling import SamplingParams
+from llama.sampling import SamplingParams, plain_number
 from llama.settings import CHUNK_ROWS, as_dtype, check_vocabulary, with_limits
 from llama.streaming import AnswerText, Piece, join_pieces, stop_strings
 from llama.templates import choose_format
@@ -66,6 +68,7 @@ class Llama:
         rope_scaling: float | RopeScaling | None = None,
         adapter: str | Path | None = None,
         quantize: Recipe | None = None,
+        reuse: bool = False,
         kernels: bool = True,
     ) -> "Llama":
         """Read a checkpoint into a model that is ready to answer.
@@ -89,6 +92,9 @@ class Llama:
             adapter: folder of a LoRA adapter (PEFT's files), added to the weights as they are read.
             quantize: "int8", "fp8", "int4" or "mixed", or formats by part of the model, see
                 llama/quantization/recipe.py; None: the weights as they are stored.
+            reuse: a prompt that begins like what a free slot still holds only runs the rest, which
+                makes the turns of a conversation quick; the same prompt may then differ in the last
+                bit from one call to the next.
             kernels: on a single NVIDIA GPU of compute capability 8.0 or newer, run by this
                 library's kernels; False: by torch alone, as everywhere else.
 
@@ -115,7 +121,7 @@ class Llama:
         try:
             check_ranks(formats, args, ranks.size)
             chunk, smaller = CHUNK_ROWS, recipes_for(args)
-            check_memory(checkpoint, ranks, where, kind, chunk, formats, smaller)
+            check_memory(checkpoint, ranks, where, kind, chunk, formats, smaller, kernels)
             model = load(
                 checkpoint,
                 ranks=ranks,
@@ -133,6 +139,7 @@ class Llama:
             seed=seed,
             formatter=formatter,
             stop_token_ids=checkpoint.stop_token_ids,
+            reuse=reuse,
             kernels=kernels,
         )
 
@@ -144,10 +151,11 @@ class Llama:
         seed: int = 1,
         formatter: DialogFormat | None = None,
         stop_token_ids: Collection[int] = (),
+        reuse: bool = False,
         kernels: bool = True,
     ) -> None:
-        """`formatter` None: the tokenizer family's; `stop_token_ids` are added to its own;
-        `kernels` as in `build`."""
+        """`formatter` None: the tokenizer family's; `stop_token_ids` are added to its own; `reuse`
+        and `kernels` as in `build`."""
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = formatter or chat_format(tokenizer)
@@ -158,18 +166,22 @@ class Llama:
             max_batch_size=args.max_batch_size,
             max_seq_len=args.max_seq_len,
             stop_token_ids=tokenizer.stop_tokens | set(stop_token_ids),
+            n_words=tokenizer.n_words,
             seed=seed,
             chunk=CHUNK_ROWS,
+            reuse=reuse,
             kernels=kernels,
         )
-        self._mail: dict[Request, list[Event]] = {}
+        self._turn = threading.Condition()
+        self._stepper: int | None = None  # the thread that steps the engine, for everybody
+        self._caller: int | None = None  # of several ranks: the one thread that calls
         self._warned = False
 
     # ---- ids to ids
 
     def generate(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: Iterable[Iterable[int]],
         max_gen_len: int | None = None,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -186,36 +198,35 @@ class Llama:
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue prompts of token ids; returns (token lists, logprob lists or None), in order.
 
-        max_gen_len bounds the new tokens of each prompt; None: all that max_seq_len leaves; 0:
-        none, which with echo and logprobs scores the prompts. With echo the lists begin with the
-        prompt, whose first token has logprob 0.0. Logprobs are the model's own, before temperature
+        Ids may be integers of numpy or torch, and the prompts an array or a generator. max_gen_len
+        bounds the new tokens of each prompt; None: all that max_seq_len leaves; 0: none, which with
+        echo and logprobs scores the prompts. With echo the lists begin with the prompt, whose first
+        token has logprob 0.0. Logprobs are the model's own, before temperature
         and top_p. A stop token ends a row and is not in it; `stop_token_ids` adds to the
         tokenizer's stop_tokens. An int `seed` stands for seed, seed + 1, ... over the prompts. For
         top_k and what follows see `SamplingParams`. Raises ValueError, naming the prompt, before
         any of them is run.
         """
+        logprobs, echo = _flag("logprobs", logprobs), _flag("echo", echo)
         base = SamplingParams(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, logit_bias=logit_bias,
             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
-            max_tokens=_checked(max_gen_len), stop_token_ids=tuple(stop_token_ids or ()),
-            prompt_logprobs=logprobs and echo,
+            max_tokens=_checked(max_gen_len),
+            stop_token_ids=() if stop_token_ids is None else stop_token_ids,  # type: ignore[arg-type]
+            prompt_logprobs=0 if logprobs and echo else None,
         )  # fmt: skip
-        prompts = [list(prompt) for prompt in prompt_tokens]
-        tokens: list[list[int]] = [prompt if echo else [] for prompt in prompts]
-        scores: list[list[float]] = [[] for _ in prompts]
-        for index, event in self._run(prompts, self._each(prompts, base, seed)):
-            if not scores[index]:
-                scores[index] += event.request.prompt_logprobs
-            if event.token is not None and event.logprob is not None:
-                tokens[index].append(event.token)
-                scores[index].append(event.logprob)
+        requests = self._requests(_listed("prompt_tokens", prompt_tokens), base, seed)
+        for _ in self._run(requests):
+            pass
+        tokens = [(r.prompt if echo else []) + r.tokens for r in requests]
+        scores = [r.prompt_logprobs + [c.logprob for c in r.choices] for r in requests]
         return tokens, scores if logprobs else None
 
     # ---- text to text
 
     def text_completion(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -239,6 +250,7 @@ class Llama:
         has the text "". The other arguments are those of `generate`; as in Meta's code
         max_gen_len=0 means None here.
         """
+        prompts = _texts(prompts)
         pieces = self.stream_text_completion(
             prompts, temperature, top_p, max_gen_len, logprobs, echo,
             seed=seed, stop=stop, top_k=top_k, min_p=min_p, presence_penalty=presence_penalty,
@@ -254,7 +266,7 @@ class Llama:
 
     def chat_completion(
         self,
-        dialogs: Sequence[Dialog],
+        dialogs: Iterable[Dialog],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -276,6 +288,7 @@ class Llama:
         that says so, without a token, and the others are answered. The other arguments, and the
         other keys of a prediction, are those of `text_completion`.
         """
+        dialogs = _listed("dialogs", dialogs)
         pieces = self.stream_chat_completion(
             dialogs, temperature, top_p, max_gen_len, logprobs,
             seed=seed, stop=stop, top_k=top_k, min_p=min_p, presence_penalty=presence_penalty,
@@ -292,7 +305,7 @@ class Llama:
 
     def stream_text_completion(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -312,20 +325,18 @@ class Llama:
         Bad arguments raise here, not at the first piece. Leaving the iterator early frees its
         slots.
         """
-        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"prompts is {prompts!r:.80}; it must be a list of strings")
         base = SamplingParams(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, logit_bias=logit_bias,
             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
             max_tokens=_checked(max_gen_len) or None,
         )  # fmt: skip
         ends = bool(self.tokenizer.suffix)
-        ids = [self.tokenizer.encode(prompt, bos=True, eos=ends) for prompt in prompts]
+        ids = [self.tokenizer.encode(prompt, bos=True, eos=ends) for prompt in _texts(prompts)]
         return self.stream(ids, base, seed=seed, stop=stop, logprobs=logprobs, echo=echo)
 
     def stream_chat_completion(
         self,
-        dialogs: Sequence[Dialog],
+        dialogs: Iterable[Dialog],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -346,21 +357,23 @@ class Llama:
             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
             max_tokens=_checked(max_gen_len) or None,
         )  # fmt: skip
-        ids, refused = [], {}
-        for index, dialog in enumerate(dialogs):
+        ids: list[list[int] | None] = []
+        refused = {}
+        for at, dialog in enumerate(_listed("dialogs", dialogs)):
             try:
                 ids.append(self.formatter.encode_dialog_prompt(dialog))
             except RefusedDialog as error:
-                refused[index] = str(error)
-                ids.append([self.tokenizer.bos_id])  # keeps the place: seeds go by index
+                refused[at] = str(error)
+                ids.append(None)  # keeps the place: seeds go by index
             except ValueError as error:
-                raise ValueError(f"dialog {index}: {error}") from None
-        params = self._each(ids, base, seed)
-        return self._pieces(ids, params, logprobs, False, stop_strings(stop), refused)
+                raise ValueError(f"dialog {at}: {error}") from None
+        requests = self._requests(ids, base, seed)
+        stops = stop_strings(stop)
+        return self._pieces(requests, _flag("logprobs", logprobs), False, stops, refused)
 
     def stream(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: Iterable[Iterable[int]],
         params: SamplingParams,
         *,
         seed: Seed = None,
@@ -370,71 +383,112 @@ class Llama:
     ) -> Iterator[Piece]:
         """Prompts of token ids to an iterator of pieces of text: what the other streams call.
 
-        `params` holds for every prompt; `seed` and the rest are as in `text_completion`. The pieces
-        continue the text of their prompt.
+        `params` holds for every prompt; `seed` (None: that of params) and the rest are as in
+        `text_completion`. The pieces continue the text of their prompt. Where params.logprobs asks
+        for alternatives, pieces have logprobs and top_logprobs.
         """
-        ids = [list(prompt) for prompt in prompt_tokens]
-        base = replace(params, prompt_logprobs=logprobs and echo)
-        return self._pieces(ids, self._each(ids, base, seed), logprobs, echo, stop_strings(stop))
+        logprobs, echo = _flag("logprobs", logprobs), _flag("echo", echo)
+        scored = logprobs or params.logprobs is not None
+        base = params
+        if scored and echo and params.prompt_logprobs is None:
+            base = replace(params, prompt_logprobs=params.logprobs or 0)
+        requests = self._requests(_listed("prompt_tokens", prompt_tokens), base, seed)
+        return self._pieces(requests, scored, echo, stop_strings(stop))
 
     # ---- how it is done
 
-    def _each(
-        self, prompts: list[list[int]], base: SamplingParams, seed: Seed
-    ) -> list[SamplingParams]:
-        """The parameters of each prompt; every prompt is checked before any is run."""
+    def _requests(self, prompts: Sequence[Any], base: SamplingParams, seed: Seed) -> list[Request]:
+        """A request for each prompt that is not None; all are checked before any is run."""
         seeds: Sequence[int | None]
+        seed = base.seed if seed is None else plain_number(seed)
         if seed is None:
             seeds = [None] * len(prompts)
-        elif isinstance(seed, int):
-            seeds = range(seed, seed + len(prompts))
-        else:
+        elif isinstance(seed, Iterable):
             seeds = list(seed)
             if len(seeds) != len(prompts):
                 raise ValueError(f"seed has {len(seeds)} values for {len(prompts)} prompts")
-        params = [replace(base, seed=s) for s in seeds]
-        bos = self.tokenizer.bos_id
-        for index, prompt in enumerate(prompts):
+        else:
+            first = replace(base, seed=seed).seed or 0  # a number of numpy is an int there
+            seeds = range(first, first + len(prompts))
+        requests = []
+        for at, (prompt, own) in enumerate(zip(prompts, seeds, strict=True)):
+            params = replace(base, seed=own)
             try:
-                self.engine.check(prompt, params[index])
+                if prompt is not None:
+                    requests.append(self.engine.prepare(prompt, params))
             except ValueError as error:
-                raise ValueError(f"prompt {index}: {error}") from None
-            if prompt[:2] == [bos, bos] and not self._warned:
-                self._warned = True
-                logger.warning("prompt %d begins with two begin-of-text tokens", index)
-        return params
+                raise ValueError(f"prompt {at}: {error}") from None
+            if prompt is not None and not self._warned:
+                bos = self.tokenizer.bos_id
+                self._warned = requests[-1].prompt[:2] == [bos, bos]
+                if self._warned:
+                    logger.warning("prompt %d begins with two begin-of-text tokens", at)
+        return requests
 
-    def _run(
-        self, prompts: list[list[int]], params: list[SamplingParams]
-    ) -> Iterator[tuple[int, Event]]:
-        """Submit, step until all are done, and yield each event with the index of its prompt.
+    def _run(self, requests: list[Request]) -> Iterator[tuple[int, Event]]:
+        """Queue requests, have the engine step until all are done, and yield each event with the
+        index of its request. Raises what one of them failed with.
 
-        Several of these may be under way: whoever steps the engine leaves the others their events.
+        Several of these may be under way, in one thread or in several. A finalizer may close one
+        at any moment, so what is done at the end must neither wait nor lock.
         """
-        requests = [self.engine.submit(*pair) for pair in zip(prompts, params, strict=True)]
-        self._mail.update((request, []) for request in requests)
+        self._claim()
         left = dict(enumerate(requests))
+        seen = [0] * len(requests)
         try:
+            for request in requests:
+                self.engine.queue(request)
             while left:
-                for index, request in list(left.items()):
-                    for event in self._mail[request]:
-                        yield index, event
-                    self._mail[request] = []
-                    if request.finish_reason is not None:
-                        del left[index]
-                if left:
-                    for event in self.engine.step():
-                        if event.request in self._mail:
-                            self._mail[event.request].append(event)
+                news = [(at, event) for at, r in left.items() for event in r.news(seen[at])]
+                for at, event in news:
+                    if event.finish_reason == "error" and event.request.error is not None:
+                        raise event.request.error
+                    seen[at] += 1
+                    if event.finish_reason is not None:
+                        del left[at]
+                    yield at, event
+                if not news:
+                    self._step()
         finally:
             for request in requests:
                 self.engine.cancel(request, "cancelled")
-                del self._mail[request]
+
+    def _step(self) -> None:
+        """Have the engine take a step: by this thread, or by another one that is at it already.
+
+        A thread that finds itself named was interrupted in here, and steps on.
+        """
+        me = threading.get_ident()
+        try:
+            with self._turn:
+                if self._stepper not in (None, me):
+                    self._turn.wait()
+                    return
+                self._stepper = me
+            self.engine.step()
+        finally:
+            if self._stepper == me:
+                with self._turn:
+                    self._stepper = None
+                    self._turn.notify_all()
+
+    def _claim(self) -> None:
+        """With several ranks all calls come from one thread, or ranks would see them in different
+        orders: RuntimeError for another one."""
+        ranks, me = self.model.ranks, threading.get_ident()
+        if ranks.size > 1:
+            with self._turn:
+                if self._caller not in (None, me) and not self.engine.idle:
+                    raise RuntimeError(
+                        f"this model is cut over {ranks.size} ranks and another thread is using "
+                        "it: make all calls from one thread, so that every rank sees them in the "
+                        "same order"
+                    )
+                self._caller = me
 
     def _pieces(
         self,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
+        requests: list[Request],
         logprobs: bool,
         echo: bool,
         stop: tuple[str, ...],
@@ -446,42 +500,47 @@ class Llama:
         of their own, it holds those that are known without the model, by index.
         """
         known = refused or {}
-        for index, answer in known.items():
-            yield Piece(index, answer, finish_reason="stop")
-        left = [index for index in range(len(prompts)) if index not in known]
+        for at, answer in known.items():
+            yield Piece(at, answer, finish_reason="stop")
+        places = [at for at in range(len(requests) + len(known)) if at not in known]
         texts = {
-            i: AnswerText(
-                self.tokenizer, stop, begins=refused is not None or self._silent(prompts[i])
+            at: AnswerText(
+                self.tokenizer, stop, begins=refused is not None or self._silent(request.prompt)
             )
-            for i in left
+            for at, request in zip(places, requests, strict=True)
         }
-        fresh, ended = set(left), set()
-        for place, event in self._run([prompts[i] for i in left], [params[i] for i in left]):
-            index = left[place]
-            if index in ended:
+        fresh, ended = set(places), set()
+        for which, event in self._run(requests):
+            at = places[which]
+            if at in ended:
                 continue
-            if echo and index in fresh:
-                yield from self._echo(index, event.request)
-            fresh.discard(index)
-            text = texts[index]
-            pieces = text.push(index, event.token, event.logprob if logprobs else None)
+            if echo and at in fresh:
+                yield from self._echo(at, event.request)
+            fresh.discard(at)
+            text = texts[at]
+            token = None if event.finish_reason == "stop" else event.token
+            scores = (event.logprob, event.top_logprobs) if logprobs else (None, None)
+            pieces = text.push(at, token, *scores)
             if text.stopped:
                 self.engine.cancel(event.request, "stop")
             if event.finish_reason is not None or text.stopped:
-                ended.add(index)
-                pieces = text.close(index, pieces, "stop" if text.stopped else event.finish_reason)
+                ended.add(at)
+                pieces = text.close(at, pieces, "stop" if text.stopped else event.finish_reason)
             yield from pieces
 
     def _silent(self, prompt: list[int]) -> bool:
         """Whether a prompt has no text, so that whatever follows begins one."""
         return not any(self.tokenizer.token_bytes(token) for token in prompt)
 
-    def _echo(self, index: int, request: Request) -> Iterator[Piece]:
+    def _echo(self, at: int, request: Request) -> Iterator[Piece]:
+        """The prompt as pieces, with the scores that were asked for."""
         decoder = IncrementalDecoder(self.tokenizer)
-        scores = dict(enumerate(request.prompt_logprobs))
-        for at, token in enumerate(request.prompt):
+        scores, tops = request.prompt_logprobs, request.prompt_top_logprobs
+        for place, token in enumerate(request.prompt):
             text = "" if token == self.tokenizer.bos_id else decoder.push(token)
-            yield Piece(index, text, token, scores.get(at))
+            score = scores[place] if scores else None
+            top = tops[place] if scores and request.params.prompt_logprobs else None
+            yield Piece(at, text, token, score, top_logprobs=top)
 
 
 def check_sampling(temperature: float, top_p: float, max_gen_len: int | None) -> None:
@@ -489,8 +548,44 @@ def check_sampling(temperature: float, top_p: float, max_gen_len: int | None) ->
     SamplingParams(temperature=temperature, top_p=top_p, max_tokens=_checked(max_gen_len))
 
 
-def _checked(max_gen_len: int | None) -> int | None:
-    whole = isinstance(max_gen_len, int) and not isinstance(max_gen_len, bool)
-    if max_gen_len is not None and not (whole and max_gen_len >= 0):
+def _checked(max_gen_len: object) -> int | None:
+    """max_gen_len as an int, also from a number of numpy or torch."""
+    if max_gen_len is None:
+        return None
+    try:
+        whole = -1 if isinstance(max_gen_len, bool) else index(max_gen_len)  # type: ignore[arg-type]
+    except TypeError:
+        whole = -1
+    if whole < 0:
         raise ValueError(f"max_gen_len is {max_gen_len!r}; it must be an int >= 0 or None")
-    return max_gen_len
+    return whole
+
+
+def _flag(name: str, value: object) -> bool:
+    """A yes or no; ValueError for a number, which would ask for something else."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):  # numpy has its own
+        return bool(value)
+    more = ""
+    if name == "logprobs":
+        more = (
+            "; stream(ids, SamplingParams(logprobs=5)) gives that many alternatives to each token"
+        )
+    raise ValueError(f"{name} is {value!r:.80}; it must be True or False{more}")
+
+
+def _listed(name: str, values: Iterable[Any]) -> list[Any]:
+    """Several prompts or dialogs as a list: a generator, an array or a tensor of them as well."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {values!r:.80}; it must be a list")
+    out = values.tolist() if hasattr(values, "tolist") else list(values)
+    if isinstance(out, list):
+        return out
+    raise ValueError(f"{name} is {values!r:.80}; it must be a list")
+
+
+def _texts(prompts: Iterable[str]) -> list[str]:
+    listed = [] if isinstance(prompts, str) else _listed("prompts", prompts)
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in listed):
+        shown = prompts if isinstance(prompts, str) else listed
+        raise ValueError(f"prompts is {shown!r:.80}; it must be a list of strings")
+    return listed

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-from llama.cache import Batch, KVCache
-from llama.parallel import ONE, Ranks, column_linear, embedding, row_linear
+from llama.cache import Batch, KVCache, Run
+from llama.parallel import ONE, Ranks, column_linear, embedding, output_linear, row_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,18 +159,24 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def attend_prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_prefill(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
     """Causal attention of B equally long sequences: q (B, H, S, E), k and v (B, K, L, E).
 
-    `mask` (S, L) where a sequence continues, None where S = L. torch has fast kernels for grouped
-    heads without a mask in half precision only, and would else build all S x L scores on CUDA; so
-    elsewhere the keys are repeated.
+    Where torch has no kernel for grouped heads it would build all S x L scores on CUDA; so the keys
+    are repeated there. Its flash kernel is called by name where a sequence continues: it sees the
+    last S of L positions, which torch's function says only by a mask whose import takes seconds.
     """
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1 and (mask is not None or q.dtype == torch.float32):
+    groups, begins = q.shape[1] // k.shape[1], run.slot is None
+    grouped = begins and q.dtype != torch.float32
+    if q.is_cuda and q.shape[-1] % 8 == 0:
+        grouped = can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
+        if grouped and not begins:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            return flash(q, k, v, is_causal=True)[0]  # type: ignore[no-any-return]
+    if groups > 1 and not grouped:
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
+        q, k, v, attn_mask=run.mask, is_causal=begins, enable_gqa=groups > 1
     )
 
 
@@ -217,9 +224,7 @@ class Attention(nn.Module):
             )  # (B, H or K, S, E)
             if cache is not None and run.slot is not None:
                 keys, values = cache.read(self.layer, run.slot, run.slot + 1, run.length)
-            parts.append(
-                attend_prefill(queries, keys, values, run.mask).transpose(1, 2).flatten(0, 1)
-            )
+            parts.append(attend_prefill(queries, keys, values, run).transpose(1, 2).flatten(0, 1))
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)  # (N, H, E)
         return self.wo(joined.flatten(1))  # type: ignore[no-any-return]
 
@@ -280,7 +285,7 @@ class Transformer(nn.Module):
             TransformerBlock(params, layer, ranks) for layer in range(params.n_layers)
         )
         self.norm = RMSNorm(params.dim, params.norm_eps)
-        self.output = column_linear(params.dim, vocab, ranks, gather_output=True)
+        self.output = output_linear(params.dim, vocab, ranks)
         if params.tied:
             self.output.weight = self.tok_embeddings.weight
         self.register_buffer("freqs", rope_frequencies(params), persistent=False)
@@ -298,8 +303,8 @@ class Transformer(nn.Module):
         return self.norm(h)  # type: ignore[no-any-return]
 
     def logits(self, h: Tensor) -> Tensor:
-        """Logits (M, V) in float32 of states (M, D)."""
-        return self.output(h)[..., : self.params.vocab_size].float()  # type: ignore[no-any-return]
+        """Logits (M, V) of states (M, D), float32 from the product on."""
+        return self.output(h)[..., : self.params.vocab_size]  # type: ignore[no-any-return]
 
     def forward_flat(
         self,

@@ -16,9 +16,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from fairscale.nn.model_parallel import mappings
@@ -36,13 +38,15 @@ class Watch(threading.Thread):
     A collective of gloo fails when its partner dies. One of NCCL, or one over a cable that was cut,
     just waits. So the ranks exchange a sign of life every second; when one is missing, and this
     rank waits for the others and does not get on, nothing can come any more, and the process exits.
-    Where it does not wait for anybody nothing is done: it will notice when it does.
+    Where it does not wait for anybody nothing is done: it will notice when it does. With the sign
+    of life each rank says whether it `failed` in a step, in which the others wait for it as well.
     """
 
     def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
         super().__init__(name="llama-watch", daemon=True)
         self.rank, self.size, self.group = rank, size, group
         self.waiting_since: float | None = None
+        self.failed = False
         self._leaving = threading.Event()
         atexit.register(self.leave)
 
@@ -50,6 +54,10 @@ class Watch(threading.Thread):
         try:
             while not self._leaving.wait(BEAT):
                 dist.monitored_barrier(self.group, PATIENCE, wait_all_ranks=True)
+                failed = torch.tensor([self.rank if self.failed else self.size], device="cpu")
+                dist.all_reduce(failed, dist.ReduceOp.MIN, self.group)
+                if int(failed) < self.size and not self.failed:
+                    raise RuntimeError(f"rank {int(failed)} failed in a step")
         except RuntimeError as error:
             began = self.waiting_since
             while not self._leaving.wait(GRACE):
@@ -104,6 +112,11 @@ class Ranks:
         finally:
             if self.watch:
                 self.watch.waiting_since = None
+
+    def fail(self) -> None:
+        """Let the others know that this rank gave a step up, which they cannot end without it."""
+        if self.watch:
+            self.watch.failed = True
 
     def exchange(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's `values` (equally many on each), in order of rank: one small collective.
@@ -233,6 +246,69 @@ class Linear(nn.Linear):
         pass
 
 
+def float32_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x (..., K) times weight (N, K) in float32: (..., N), never rounded to their own dtypes.
+
+    `out`: where it goes, without gradients. Also under autocast.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        if x.dtype == weight.dtype == torch.float32:
+            return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
+        if x.dtype == weight.dtype == torch.float64:
+            product = F.linear(x, weight).float()
+            return product if out is None else out.copy_(product)
+        if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+            if out is None:
+                out = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
+            _product(x.flatten(0, -2), weight, out.view(-1, len(weight)))
+            return out
+        if x.dtype == weight.dtype:
+            return _Product.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+        return F.linear(x.float(), weight.float())
+
+
+def float32_block(device: str) -> int:
+    """How many numbers are made float32 at a time on a device of this type: on a CPU a product
+    reads them out of a core's cache."""
+    return 2**20 if device == "cpu" else 2**24
+
+
+def _product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Into out (M, N) float32. NVIDIA's products of half precision can sum into it; elsewhere some
+    rows of the weight at a time are made float32."""
+    if x.is_cuda and torch.version.hip is None and x.dtype == weight.dtype:
+        torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+        return
+    x = x.float()
+    step = min(len(weight), max(1, float32_block(x.device.type) // weight.shape[1]))
+    some = x.new_empty(step, weight.shape[1])
+    for low in range(0, len(weight), step):
+        part = weight[low : low + step]
+        torch.mm(x, some[: len(part)].copy_(part).t(), out=out[:, low : low + len(part)])
+
+
+class _Product(torch.autograd.Function):
+    """`float32_product` of half precision, with the gradients of the product in that precision."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x, weight)
+        return float32_product(x.detach(), weight.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ weight, grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+class OutputLinear(Linear):
+    """The layer that makes logits, which are float32 from the product on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return float32_product(x, self.weight)
+
+
 class Embedding(nn.Embedding):
     """As above."""
 
@@ -244,11 +320,18 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):  # type: igno
     """fairscale's layer, told the size of this rank's part; its own constructor makes the full
     weight."""
 
-    def __init__(self, in_features: int, out_features: int, gather_output: bool) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         nn.Module.__init__(self)
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = None
-        self.gather_output = gather_output
+        self.gather_output = False
+
+
+class ColumnParallelOutput(ColumnParallelLinear):
+    """`OutputLinear`, of whose rows each rank has a part: the logits of all, on every rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gathered(float32_product(mappings.copy_to_model_parallel_region(x), self.weight))
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):  # type: ignore[misc]
@@ -273,13 +356,19 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):  # type: 
         self.scale_grad_by_freq = self.sparse = False
 
 
-def column_linear(
-    in_features: int, out_features: int, ranks: Ranks, gather_output: bool = False
-) -> nn.Module:
+def column_linear(in_features: int, out_features: int, ranks: Ranks) -> nn.Module:
     """A linear layer whose rows are spread over the ranks, `out_features` of them here."""
     if ranks.size == 1:
         return Linear(in_features, out_features, bias=False)
-    return ColumnParallelLinear(in_features, out_features, gather_output)
+    return ColumnParallelLinear(in_features, out_features)
+
+
+def output_linear(in_features: int, out_features: int, ranks: Ranks) -> nn.Module:
+    """The layer that makes logits; its rows are spread over the ranks, `out_features` of them
+    here."""
+    if ranks.size == 1:
+        return OutputLinear(in_features, out_features, bias=False)
+    return ColumnParallelOutput(in_features, out_features)
 
 
 def row_linear(in_features: int, out_features: int, ranks: Ranks) -> nn.Module:

@@ -8,14 +8,15 @@ request, index of the generated token, vocabulary id), by Philox counters, so a 
 on batch, device, rank or on steps that were thrown away. Nothing is sorted: filters find their
 thresholds in integer sums, which no order of summation can change.
 
-R rows (sequences)   V vocabulary   K alternatives   B logit biases of the whole batch
+R rows (sequences)   V vocabulary   W words of it   K alternatives   B biases of the whole batch
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ WEIGHT_SCALE = 2.0**40  # weights as integers: the most probable token weighs 2*
 DIGIT_BITS = 10  # the bits of a float32 in [0, 1] are 30: three digits
 RADIX = 2**DIGIT_BITS
 UNREACHABLE = 2**62  # a goal that no sum reaches: nothing is filtered
+AT_ONCE = 2**22  # logits that are chosen from at a time, which bounds what that takes
+BYTES_AT_ONCE = 64  # a logit, at most, while it is chosen from
+SHIFTED_ROWS = 16  # that a captured step chooses for at a time, for the same reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,8 @@ class SamplingParams:
 
     Order: penalties and biases shift the logits, then temperature, top_k, top_p, min_p, each on
     what the one before left. Where tokens tie at a filter's edge all of them stay, and the most
-    probable token always does.
+    probable token always does. Numbers of numpy and torch are taken wherever a number is, and kept
+    as Python's own.
 
     temperature        0 takes the most probable token, the lowest id among equals
     top_p              the fewest tokens whose probabilities sum to top_p; 1 filters nothing
@@ -58,7 +63,8 @@ class SamplingParams:
     max_tokens         how many tokens to generate at most; None: as many as there is room for
     stop_token_ids     ids that end the request, beside the model's own
     logprobs           None: none; k: the chosen token's and those of the k most probable
-    prompt_logprobs    True scores the tokens of the prompt as well
+    prompt_logprobs    None: the prompt is not scored; k: its tokens' and those of the k most
+                       probable at each of its positions. True stands for 0, False for None
     """
 
     temperature: float = 0.6
@@ -72,9 +78,13 @@ class SamplingParams:
     max_tokens: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
+        if isinstance(self.prompt_logprobs, bool):
+            object.__setattr__(self, "prompt_logprobs", 0 if self.prompt_logprobs else None)
         _require(_number(self.temperature) >= 0, "temperature", self, _TEMPERATURE)
         _require(0 < _number(self.top_p) <= 1, "top_p", self, "a number > 0 and <= 1")
         _require(_whole(self.top_k), "top_k", self, "an int >= 0 (0 filters nothing)")
@@ -86,31 +96,42 @@ class SamplingParams:
         _require(self.seed is None or _integral(self.seed), "seed", self, "an int or None")
         _require(self.max_tokens is None or _whole(self.max_tokens), "max_tokens", self, _WHOLE)
         _require(self.logprobs is None or _whole(self.logprobs), "logprobs", self, _WHOLE)
-        _require(isinstance(self.prompt_logprobs, bool), "prompt_logprobs", self, "True or False")
-        stops = self.stop_token_ids
-        stops_ok = isinstance(stops, tuple | list | set | frozenset) and all(map(_whole, stops))
+        scored = self.prompt_logprobs
+        _require(scored is None or _whole(scored), "prompt_logprobs", self, _WHOLE)
+        stops = _plain_list(self.stop_token_ids)
+        stops_ok = stops is not None and all(map(_whole, stops))
         _require(stops_ok, "stop_token_ids", self, "a tuple of token ids, each an int >= 0")
-        object.__setattr__(self, "stop_token_ids", tuple(stops))
+        object.__setattr__(self, "stop_token_ids", tuple(stops or ()))
         if self.logit_bias is not None:
             _require(isinstance(self.logit_bias, Mapping), "logit_bias", self, _BIAS)
-            for token, shift in self.logit_bias.items():
+            biases = {plain_number(i): plain_number(s) for i, s in self.logit_bias.items()}
+            for token, shift in biases.items():
                 banned = isinstance(shift, float) and shift == -math.inf
                 if not _whole(token) or not (banned or abs(_number(shift)) <= LARGEST_SHIFT):
                     raise ValueError(f"logit_bias has {token!r}: {shift!r}; it must be {_BIAS}")
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+            object.__setattr__(self, "logit_bias", biases)
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """ValueError where an id or `logprobs` exceeds the vocabulary, or all of it is banned."""
+    def check_vocabulary(self, vocab_size: int, words: int | None = None) -> None:
+        """ValueError where an id or a number of alternatives exceeds the vocabulary, or where all
+        that may be chosen is banned: the first `words` ids, None for every one."""
         biased = self.logit_bias or {}
         for name, ids in (("logit_bias", biased), ("stop_token_ids", self.stop_token_ids)):
             outside = [i for i in ids if i >= vocab_size]
             if outside:
                 raise ValueError(f"{name} has id {outside[0]}; ids go from 0 to {vocab_size - 1}")
-        if self.logprobs is not None and self.logprobs > vocab_size:
-            raise ValueError(f"logprobs is {self.logprobs}; it must be at most {vocab_size}")
-        banned = sum(shift == -math.inf for shift in biased.values())
-        if banned >= vocab_size:
-            raise ValueError(f"logit_bias bans all {vocab_size} tokens; it must leave at least one")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) > vocab_size:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at most {vocab_size}"
+                )
+        words = vocab_size if words is None else min(words, vocab_size)
+        banned = sum(shift == -math.inf for token, shift in biased.items() if token < words)
+        if banned >= words:
+            raise ValueError(f"logit_bias bans all {words} tokens; it must leave at least one")
+
+
+_NUMBERS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+            "seed", "max_tokens", "logprobs", "prompt_logprobs")  # fmt: skip
 
 
 _TEMPERATURE = f"a number >= 0 and <= {LARGEST_FLOAT:.2g}"
@@ -124,6 +145,19 @@ _BIAS = (
 def _require(holds: bool, name: str, params: SamplingParams, works: str) -> None:
     if not holds:
         raise ValueError(f"{name} is {getattr(params, name)!r}; it must be {works}")
+
+
+def plain_number(value: Any) -> Any:  # noqa: ANN401
+    """A scalar of numpy or torch as Python's own number; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def _plain_list(values: Any) -> list[Any] | None:  # noqa: ANN401
+    """A collection, or an array of one dimension, as a list of Python's own numbers; None for
+    anything else."""
+    if isinstance(values, tuple | list | set | frozenset):
+        return [plain_number(value) for value in values]
+    return values.tolist() if len(getattr(values, "shape", ())) == 1 else None
 
 
 def _number(value: object) -> float:
@@ -213,6 +247,26 @@ class RowParams:
             penalised=any(p.presence_penalty != 0 or p.frequency_penalty != 0 for p in params),
         )
 
+    def part(self, low: int, high: int, words: int) -> RowParams:
+        """Rows low to high, and of their biases those of the first `words` ids; the others add 0
+        to some logit, since taking them out would make the host wait."""
+        bias = self.bias
+        if bias is not None:
+            at_rows, at_ids, shifts = bias
+            here = (at_rows >= low) & (at_rows < high) & (at_ids < words)
+            bias = (
+                (at_rows - low).clamp(0, high - low - 1),
+                at_ids.clamp(max=words - 1),
+                shifts.where(here, 0.0),
+            )
+        shift = None if self.shift is None else self.shift[low:high, :words]
+        cut = {name: getattr(self, name)[low:high] for name in ROW_TENSORS}
+        return replace(self, bias=bias, shift=shift, **cut)
+
+
+ROW_TENSORS = ("temperature", "greedy", "min_p", "presence_penalty", "frequency_penalty", "top_p",
+               "top_k", "seed")  # fmt: skip
+
 
 def _flat_bias(
     params: Sequence[SamplingParams], device: torch.device
@@ -228,15 +282,49 @@ def _flat_bias(
     )
 
 
-def sample(logits: Tensor, rows: RowParams, index: Tensor, counts: Tensor | None = None) -> Tensor:
+def sample(
+    logits: Tensor,
+    rows: RowParams,
+    index: Tensor,
+    counts: Tensor | Sequence[Sequence[int]] | None = None,
+    words: int | None = None,
+) -> Tensor:
     """The next token of every row: ids (R,) int64, with no wait of the host for the device.
 
-    logits (R, V) float32, not written to; a token at -inf is never chosen; rows that `finite_rows`
-    refuses give some id or other. index (R,) int64: how many tokens the row generated before this
-    one. counts (R, V), any integers: how often it generated each, read where `rows.penalised`.
+    logits (R, V) float32, not written to; a token at -inf is never chosen, nor is an id from
+    `words` on (None: V), of which a bias then means nothing; rows that `finite_rows` refuses give
+    some id or other. index (R,) int64: how many tokens the row generated before this one. counts
+    (R, V), any integers: how often it generated each, read where `rows.penalised`; or the tokens
+    themselves, which are then counted for a few rows at a time.
     """
     assert logits.dtype == torch.float32, logits.dtype
     assert logits.shape[-1] <= 2**21, logits.shape  # sums of weights stay below UNREACHABLE
+    words = logits.shape[-1] if words is None else min(words, logits.shape[-1])
+    chosen, slices = [], _slices(logits)
+    if (
+        len(slices) == 1
+        and words == logits.shape[-1]
+        and (counts is None or torch.is_tensor(counts))
+    ):
+        return _sample(logits, rows, index, counts)
+    for low, high in slices:
+        part, open_to = rows.part(low, high, words), logits[low:high, :words]
+        some = None if counts is None else counts[low:high]
+        if some is not None and not isinstance(some, Tensor):
+            some = count_tokens(torch.zeros_like(logits[low:high]), some)
+        some = None if some is None else some[:, :words]
+        chosen.append(_sample(open_to, part, index[low:high], some))
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+
+
+def _slices(logits: Tensor) -> list[tuple[int, int]]:
+    """Where rows begin and end that are worked on at a time, of logits (R, V)."""
+    count, step = len(logits), max(1, AT_ONCE // logits.shape[-1])
+    return [(low, min(low + step, count)) for low in range(0, count, step)]
+
+
+def _sample(logits: Tensor, rows: RowParams, index: Tensor, counts: Tensor | None) -> Tensor:
+    """`sample` for rows that are worked on at one time, (R, W)."""
     logits = shifted(logits, rows, counts)
     if not rows.any_sampled:
         return logits.argmax(-1)
@@ -269,9 +357,15 @@ def logprobs_of(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor, Te
     logits (R, V), ids (R,) -> log-probabilities of ids (R,), the k most probable ids (R, K) in
     falling order (among equals, the order is the device's), their log-probabilities (R, K).
     """
-    logprobs = logits.log_softmax(-1)
-    top = logprobs.topk(k, -1)
-    return logprobs.gather(-1, ids[:, None])[:, 0], top.indices, top.values
+    found = []
+    for low, high in _slices(logits):
+        logprobs = logits[low:high].log_softmax(-1)
+        top = logprobs.topk(k, -1)
+        found.append((logprobs.gather(-1, ids[low:high, None])[:, 0], top.indices, top.values))
+    of_ids, top_ids, tops = (
+        found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+    )
+    return of_ids, top_ids, tops
 
 
 def shifted(logits: Tensor, rows: RowParams, counts: Tensor | None) -> Tensor:

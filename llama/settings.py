@@ -9,15 +9,17 @@ from dataclasses import replace
 import torch
 
 from llama.model import ModelArgs
-from llama.tokenizer import TextTokenizer
+from llama.sampling import plain_number
+from llama.tokenizer import TextTokenizer, spare_rows
 
 CHUNK_ROWS = 2048  # tokens of a step at most: they fill a GPU, and take little memory
 DEFAULT_SEQ_LEN = 8192
-LARGEST_PADDING = 256  # rows of a vocabulary that no token has
+FEW_ROWS = 256  # of a vocabulary that no token has, however many there are
 
 
 def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -> ModelArgs:
     """`args` with the limits of a run; ValueError where they do not fit the model."""
+    max_batch_size, max_seq_len = plain_number(max_batch_size), plain_number(max_seq_len)
     for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len)):
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value < 1
@@ -35,17 +37,20 @@ def with_limits(args: ModelArgs, max_batch_size: int, max_seq_len: int | None) -
 def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs, path: object) -> None:
     """ValueError where tokenizer and model cannot belong together.
 
-    A model may have a few rows more than its tokenizer has tokens: padding, or tokens that were
-    added to it. With more missing than that, special tokens, which follow the ranks, would be other
-    ones. Where the files say which special token has which id, padding may have any size; and the
-    tokenizer may have added words without a row, which then cannot be used.
+    A model may have more rows than its tokenizer has tokens, since none of them is ever chosen: a
+    few, or as many as `spare_rows` says where they, or all rows, are a multiple of 8. A file of
+    ranks that was cut short leaves any number, and other ids to the special tokens behind them.
+    Where the files say which special token has which id, there may be any number of rows more; and
+    the tokenizer may have added words without a row, which then cannot be used.
     """
-    spare = min(LARGEST_PADDING, tokenizer.n_words // 64)
-    over = range(args.vocab_size, tokenizer.n_words)
+    words, spare = tokenizer.n_words, args.vocab_size - tokenizer.n_words
+    padded = spare % 8 == 0 or args.vocab_size % 8 == 0
+    most = spare_rows(words) if padded else min(FEW_ROWS, words // 64)
+    over = {*range(args.vocab_size, words)}
     if tokenizer.stated:
-        spare = max(16384, tokenizer.n_words)
-        over = range(0) if {*over} <= {word.id for word in tokenizer.added} else over
-    if over or args.vocab_size - tokenizer.n_words > spare:
+        most = max(16384, words)
+        over -= {word.id for word in tokenizer.added}
+    if over or spare > most:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.n_words} tokens and the model "
             f"{args.vocab_size}: they belong to different models"

@@ -17,8 +17,8 @@ class Piece:
 
     `text` may be empty (a character is not complete yet) and may hold more than its token's text.
     The last piece of a prompt, and only that, has a finish_reason: "stop" or "length"; its token
-    may be None. `logprob` is None unless asked for. A prompt that was refused has one piece, its
-    answer, without a token.
+    may be None. `logprob` is None unless asked for, and so are `top_logprobs`, the (id, logprob) of
+    the most probable tokens. A prompt that was refused has one piece, its answer, without a token.
     """
 
     index: int
@@ -26,6 +26,7 @@ class Piece:
     token: int | None = None
     logprob: float | None = None
     finish_reason: str | None = None
+    top_logprobs: list[tuple[int, float]] | None = None
 
 
 class AnswerText:
@@ -43,10 +44,17 @@ class AnswerText:
         self._stop = stop
         self._held: list[Piece] = []
 
-    def push(self, index: int, token: int | None, logprob: float | None) -> list[Piece]:
+    def push(
+        self,
+        index: int,
+        token: int | None,
+        logprob: float | None,
+        top: list[tuple[int, float]] | None = None,
+    ) -> list[Piece]:
         """The pieces that are now certain; `stopped` is set where a stop string is complete."""
         if token is not None:
-            self._held.append(Piece(index, self._decoder.push(token), token, logprob))
+            text = self._decoder.push(token)
+            self._held.append(Piece(index, text, token, logprob, top_logprobs=top))
         return self._release()
 
     def close(self, index: int, pieces: list[Piece], reason: str | None) -> list[Piece]:

@@ -103,7 +103,8 @@ class TextTokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
-    def token_bytes(self, token: int) -> bytes: ...
+    def token_bytes(self, token: int) -> bytes:
+        """Those of one id; none for a row of the model that no token has, see `spare_rows`."""
 
     def first_bytes(self, token: int) -> bytes: ...
 
@@ -297,13 +298,13 @@ class Tokenizer(HasAddedWords):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`: special tokens as their names, invalid UTF-8 as U+FFFD.
 
-        Ids without a token have no text. Raises ValueError for an id outside the vocabulary and the
-        rows of the model, pad_id among them.
+        Ids without a token have no text, such as rows of the model that are padding. Raises
+        ValueError for an id outside of both, pad_id among them.
         """
         every = max(self.n_words, self.rows)
-        known = [check_id(token, every) for token in ids]
-        if every > self.n_words or self._gaps:
-            known = [i for i in known if i < self.n_words and i not in self._gaps]
+        known = [i for token in ids if (i := check_id(token, every)) < self.n_words]
+        if self._gaps:
+            known = [i for i in known if i not in self._gaps]
         return self.model.decode(known)
 
     def token_bytes(self, token: int) -> bytes:
@@ -333,9 +334,12 @@ class IncrementalDecoder:
     def push(self, token: int) -> str:
         """What `token` completes; bytes of an unfinished character are held back.
 
-        A token without text ends a character, as SentencePiece does it.
+        A token without text ends a character, as SentencePiece does it; an id that no token has
+        is passed over.
         """
         data = self._tokenizer.token_bytes(token)
+        if token >= self._tokenizer.n_words:
+            return ""
         if self._at_start and data:
             data, self._at_start = self._tokenizer.first_bytes(token), False
         return self._utf8.decode(data, final=not data)
@@ -443,15 +447,25 @@ def check_encode(
     return set(allowed)
 
 
+def spare_rows(n_words: int) -> int:
+    """How many rows a model may have beyond its tokenizer's tokens: 1024, or a 64th.
+
+    They are padding, up to a multiple that a device likes or that many GPUs can share, or were kept
+    for tokens to come. Nothing ever chooses them.
+    """
+    return max(1024, n_words // 64)
+
+
 def check_id(token: int, n_words: int) -> int:
-    """`token` as an int; ValueError where it is not an id of a vocabulary of `n_words`."""
+    """`token` as an int; ValueError where it is an id neither of a vocabulary of `n_words` nor of
+    the rows that a model may have beyond it."""
     try:
         index = operator.index(token)
     except TypeError:
         raise ValueError(
             f"a token id is an integer, got {token!r} of type {type(token).__name__}"
         ) from None
-    if not 0 <= index < n_words:
+    if not 0 <= index < n_words + spare_rows(n_words):
         pad = " (-1 is padding and has no text)" if index == -1 else ""
         raise ValueError(f"token id {index} is outside the vocabulary, 0 to {n_words - 1}{pad}")
     return index

@@ -111,6 +111,31 @@ def waiting(out, tokenizer, folder):
     llama.generate(PROMPTS, 4)
 
 
+def lone_error(out, tokenizer, folder):
+    """Rank 1 runs out of memory in the middle of a step, catches that, and asks again."""
+    llama = build(folder, tokenizer)
+    rank, calls = int(os.environ["RANK"]), []
+    layer = llama.model.layers[1].feed_forward
+    forward = layer.forward
+
+    def broken(x):
+        calls.append(x)
+        if rank == 1 and len(calls) == 3:
+            raise torch.OutOfMemoryError("rank 1 alone has no memory left")
+        return forward(x)
+
+    layer.forward = broken
+    Path(out, f"begun{rank}").touch()
+    seen = []
+    for _ in range(2):
+        try:
+            llama.generate(PROMPTS, 8, temperature=0)
+        except RuntimeError as error:
+            seen.append(f"{type(error).__name__}: {error}")
+    Path(out, f"rank{rank}.json").write_text(json.dumps(seen))
+    time.sleep(20)  # as a program does that goes on with other things
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     assert ONE.size == 1

@@ -1,6 +1,7 @@
 """What only a GPU can show: the plain model there is the model here, and needs no quadratic
 memory."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,29 @@ def test_what_is_compiled_together_does_not_run_and_needs_no_compiling_later():
         rms_norm(x, gain, 1e-5, out)
         assert len(compiled) == 2
     torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, (128,), gain, 1e-5))
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_a_model_on_the_second_gpu_runs_there_whatever_the_current_device_is(folder, threaded):
+    """Kernels, graphs and events went to GPU 0, and a thread has a current device of its own."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    def answers(device):
+        llama = Llama.build(folder, max_seq_len=256, max_batch_size=3, device=device)
+        assert llama.engine.captured is not None
+        return llama.generate(PROMPTS, 64, 0, logprobs=True)
+
+    torch.cuda.set_device(0)
+    expected = answers("cuda:0")
+    if threaded:
+        found = []
+        worker = threading.Thread(target=lambda: found.append(answers("cuda:1")))
+        worker.start()
+        worker.join()
+    else:
+        found = [answers("cuda:1")]
+    assert torch.cuda.current_device() == 0
+    assert found[0][0] == expected[0]
+    for row, reference in zip(found[0][1], expected[1], strict=True):
+        assert row == pytest.approx(reference, abs=1e-5)

@@ -71,7 +71,9 @@ def test_silu_multiply(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 16), (4, 4, 32), (8, 1, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(6, 2, 16), (4, 4, 32), (8, 1, 64), (3, 1, 96), (4, 2, 100)]
+)
 def test_rotate_and_store(dtype, heads, kv_heads, size):
     rows = 4
     qkv = normal(rows, (heads + 2 * kv_heads) * size, dtype=dtype)
@@ -158,7 +160,9 @@ RAGGED = {
 
 
 @pytest.mark.parametrize("name", RAGGED)
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 16), (2, 2, 128), (4, 1, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(6, 2, 16), (2, 2, 128), (4, 1, 64), (2, 2, 96), (4, 2, 100)]
+)
 def test_attention_of_ragged_runs(name, heads, kv_heads, size):
     counts, lengths, slots = RAGGED[name]
     batch = Batch(counts, lengths, slots, DEVICE)
@@ -229,7 +233,7 @@ STEPS = {
 }
 
 
-SHAPES = [{"n_kv_heads": 8}, {"n_heads": 6, "n_kv_heads": 2}]
+SHAPES = [{"n_kv_heads": 8}, {"n_heads": 6, "n_kv_heads": 2}, {"head_dim": 20}]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ def test_the_forward_is_the_plain_one(tiny, name, shape):
     """Weights that lie apart are joined, so the plain model runs on their views."""
     dtypes = (torch.float32, HALF) if name == MIXED and not shape else (torch.float32,)
     for dtype in dtypes:
-        model = tiny(head_dim=16, use_scaled_rope=True, **shape).to(DEVICE, dtype)
+        model = tiny(**{"head_dim": 16, "use_scaled_rope": True, **shape}).to(DEVICE, dtype)
         forward = FlatForward(model)
         mine, plain = model.new_cache(4, 32), model.new_cache(4, 32)
         for counts, lengths, slots in STEPS[name]:
@@ -300,10 +304,10 @@ def test_what_is_not_supported_is_said(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert cuda.supported(tiny_args(head_dim=64), HALF, gpu) is None
-    assert cuda.supported(tiny_args(head_dim=96), HALF, gpu) == (
-        "the head size is 96, not 16, 32, 64, 128 or 256"
-    )
-    assert "the head size is 8," in cuda.supported(tiny_args(), HALF, gpu)
+    for size in (16, 18, 96, 100, 256):
+        assert cuda.supported(tiny_args(head_dim=size), HALF, gpu) is None
+    assert cuda.supported(tiny_args(), HALF, gpu) == "the head size is 8, not between 16 and 256"
+    assert "head size is 258," in cuda.supported(tiny_args(head_dim=258), HALF, gpu)
     assert "torch.float64" in cuda.supported(tiny_args(head_dim=64), torch.float64, gpu)
     assert cuda.supported(tiny_args(), HALF, torch.device("cpu")) == "cpu is no NVIDIA GPU"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
@@ -344,7 +348,8 @@ for dtype in ("bf16", "fp32"):
         prefill._attend,
         dict(q=x, k=x, v=x, out=x, tiles="*i32"),
         dict(q_row="i32", out_row="i32", slot_stride="i32", scale="fp32"),
-        dict(G=4, K=8, E=128, BLOCK_M=cut.rows, BLOCK_N=cut.keys, WIDE=False, OVERLAP=True),
+        dict(G=4, K=8, E=128, E_PAD=128, BLOCK_M=cut.rows, BLOCK_N=cut.keys, WIDE=False,
+             OVERLAP=True),
         num_warps=cut.warps, num_stages=cut.stages,
     )
     for parts in (0, 4):
@@ -358,7 +363,8 @@ for dtype in ("bf16", "fp32"):
             dict(qkv="*fp32" if parts else x, cos="*fp32", sin="*fp32", places="*i64", k_cache=x,
                  v_cache=x, out=x),
             dict(qkv_row="i32", out_row="i32", part="i32"),
-            dict(PARTS=max(1, parts), H=32, K=8, E=128, H_BLOCK=32, K_BLOCK=8, OVERLAP=True),
+            dict(PARTS=max(1, parts), H=32, K=8, E=128, E_PAD=128, H_BLOCK=32, K_BLOCK=8,
+                 OVERLAP=True),
         )
     build(
         rows._silu_multiply, dict(joined=x, out=x), dict(joined_row="i32", out_row="i32"),
@@ -402,7 +408,7 @@ def milliseconds(function, repeats=5):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 96, 100, 128, 256])
 @pytest.mark.parametrize(
     ("counts", "lengths", "slots"),
     [

@@ -79,9 +79,10 @@ def test_products_with_their_epilogues(multiply, rows, blocks, inputs, dtype):
 
 
 @pytest.mark.parametrize(("rows", "blocks"), BLOCKS)
-def test_queries_and_keys_are_rotated_and_stored(multiply, rows, blocks):
-    heads, kv, size, slots, longest = 4, 2, 8, 70, 5
-    x, w = randn(rows, 96), randn(64, 96, seed=1) / 8
+@pytest.mark.parametrize("size", [8, 18])
+def test_queries_and_keys_are_rotated_and_stored(multiply, rows, blocks, size):
+    heads, kv, slots, longest = 4, 2, 70, 5
+    x, w = randn(rows, 96), randn(8 * size, 96, seed=1) / 8
     cos, sin = randn(rows, size // 2, seed=2), randn(rows, size // 2, seed=3)
     slot = torch.randperm(slots, generator=torch.Generator().manual_seed(4))[:rows].int()
     if rows > 1:
@@ -137,7 +138,8 @@ def ragged(rows, heads, kv, size, longest, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("rows", "heads", "kv", "size", "longest", "programs", "block"),
     [(1, 4, 2, 16, 90, 4, 16), (3, 8, 2, 32, 70, 5, 16), (5, 2, 2, 16, 150, 8, 32),
-     (2, 6, 2, 64, 40, 3, 16), (20, 2, 1, 16, 40, 24, 16), (1, 4, 4, 16, 1, 4, 16)],
+     (2, 6, 2, 64, 40, 3, 16), (20, 2, 1, 16, 40, 24, 16), (1, 4, 4, 16, 1, 4, 16),
+     (3, 4, 2, 96, 50, 5, 16), (2, 4, 4, 100, 40, 4, 16), (2, 6, 3, 18, 40, 4, 16)],
 )  # fmt: skip
 def test_attention_split_over_ragged_rows(
     monkeypatch, rows, heads, kv, size, longest, programs, block
@@ -196,15 +198,44 @@ def test_real_products(multiply, rows, outputs, inputs):
 @pytest.mark.parametrize(
     ("rows", "longest"), [(1, 8000), (1, 100), (7, 3000), (32, 1024), (128, 700)]
 )
-@pytest.mark.parametrize(("heads", "kv", "size"), [(32, 8, 128), (32, 8, 64), (24, 8, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv", "size"),
+    [(32, 8, 128), (32, 8, 64), (24, 8, 128), (32, 8, 96), (16, 4, 100), (16, 4, 256)],
+)
 def test_real_attention(rows, longest, heads, kv, size):
-    q, k, v, slots, lengths = ragged(rows, heads, kv, size, longest, torch.bfloat16)
+    attention_is_exact(rows, longest, heads, kv, size, torch.bfloat16, 5e-3, 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 32])
+@pytest.mark.parametrize(
+    ("heads", "kv", "size"),
+    [(32, 32, 128), (40, 40, 128), (32, 8, 64), (8, 2, 96), (8, 2, 100), (8, 2, 256)],
+)
+def test_real_attention_in_float32(rows, heads, kv, size):
+    """Also of Llama 2, whose key heads are as many as its query heads."""
+    attention_is_exact(rows, 700, heads, kv, size, torch.float32, 1e-5, 3)
+
+
+def attention_is_exact(rows, longest, heads, kv, size, dtype, bound, times):
+    q, k, v, slots, lengths = ragged(rows, heads, kv, size, longest, dtype)
     kernel = DecodeAttention(rows, heads, kv, size, DEVICE)
     expected = attended(q, k, v, slots, lengths)
-    for _ in range(20):
-        out = torch.full_like(q, NAN)
-        kernel(q, k, v, slots, lengths, out)
-        assert (out.double() - expected).norm() / expected.norm() < 5e-3
+    for _ in range(times):
+        for long in (False, True):
+            out = torch.full_like(q, NAN)
+            kernel(q, k, v, slots, lengths, out, long)
+            assert (out.double() - expected).norm() / expected.norm() < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 8, 32])
+def test_real_products_in_float32(multiply, rows):
+    x, w = randn(rows, 4096), randn(4096, 4096, seed=1) / 64
+    product = x.double() @ w.double().T
+    out = torch.full((rows, 4096), NAN, device=DEVICE)
+    multiply(x, w, out, STORE)
+    assert (out.double() - product).norm() / product.norm() < 1e-5
 
 
 COMPILE = """

@@ -46,8 +46,9 @@ def small(monkeypatch):
 class Case:
     """Logits (R, V), a (temperature, top_p) for each row, and what either sampler makes of them."""
 
-    def __init__(self, logits, pairs, *, index=3, allowed=None):
+    def __init__(self, logits, pairs, *, index=3, allowed=None, words=None):
         self.logits, self.device, self.allowed = logits, logits.device, allowed
+        self.words = words
         params = [
             SamplingParams(temperature=t, top_p=p, seed=SEED * (i + 1))
             for i, (t, p) in enumerate(pairs)
@@ -62,14 +63,14 @@ class Case:
         barred = self.logits
         if self.allowed is not None:
             barred = torch.where(self.allowed, self.logits, -INF)
-        ids = sample(barred, self.rows, self.index)
+        ids = sample(barred, self.rows, self.index, words=self.words)
         logprob = logprobs_of(self.logits.double(), ids, 0)[0].float()
         return ids, logprob, finite_rows(self.logits)
 
     def sampler(self, spare=1):
         """A sampler with these parameters, everything else in it being nonsense."""
         count, vocab = self.logits.shape
-        made = Sampler(count + spare, vocab, self.device)
+        made = Sampler(count + spare, vocab, self.device, self.words)
         for scratch in (made._keys, made._bins, made._best, made._found, made.seed, made.top_p):
             scratch.random_()
         for scratch in (made._peaks, made._sums, made.logprob, made.temperature):
@@ -252,6 +253,37 @@ def test_a_mask_is_read_only_where_it_is_asked_for(small):
     assert case.call(made)[0].tolist() == case.plain()[0].tolist()
 
 
+# ---- rows of the vocabulary that no token has
+
+
+@needs_interpreter
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("words", [1, 31, 64, 77, 99, 100])
+@pytest.mark.parametrize("pairs", [MIXED, (GREEDY,) * 6], ids=["mixed", "greedy"])
+def test_ids_beyond_the_words_are_never_chosen(small, words, masked, pairs):
+    logits = normal(len(pairs), 100)
+    logits[:, words:] += 20  # better than every word
+    allowed = None
+    if masked:
+        allowed = normal(len(pairs), 100, seed=3) < 0
+        allowed[:, words - 1] = True
+    case = Case(logits, pairs, allowed=allowed, words=words)
+    case.check()
+    assert (case.plain()[0] < words).all()
+
+
+@needs_interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
+def test_a_logit_that_is_not_finite_is_told_also_where_no_token_has_it(small):
+    logits = normal(4, 100)
+    logits[1, 98], logits[2, 97] = math.nan, INF
+    logits[3, 90:] = -INF
+    case = Case(logits, MIXED[:4], words=90)
+    ids, _, finite = case.call(case.sampler())
+    assert finite.tolist() == finite_rows(logits).int().tolist() == [1, 0, 0, 1]
+    assert (ids < 90).all()
+
+
 # ---- rows that are not finite
 
 
@@ -309,8 +341,9 @@ TYPES = {"logits": "*fp32", "stride": "i32", "mask": "*i32", "temperature": "*fp
          "top_p": "*i64", "seed": "*i64", "seed_stride": "i32", "index": "*i64", "keys": "*i64",
          "peaks": "*fp32", "sums": "*fp32", "bins": "*i64", "best": "*i64", "found": "*i64",
          "ids": "*i64", "logprob": "*fp32", "finite": "*i32", "per": "i32", "parts": "i32"}
-VALUES = {"VOCAB": 128256, "MASKED": True, "OVERLAP": True, "BLOCK": sampling.BLOCK,
-          "MAX_PARTS": sampling.MAX_PARTS, "BINS": sampling.BINS, "BEST": sampling.BEST}
+VALUES = {"VOCAB": 128256, "WORDS": 128000, "MASKED": True, "OVERLAP": True,
+          "BLOCK": sampling.BLOCK, "MAX_PARTS": sampling.MAX_PARTS, "BINS": sampling.BINS,
+          "BEST": sampling.BEST}
 found = {}
 for name in sys.argv[1:]:
     kernel = getattr(sampling, name)

@@ -1,6 +1,10 @@
 """The captured step against the plain engine: in Triton's interpreter, where nothing is captured
 but the same step runs, and on a GPU where there is one."""
 
+import contextlib
+import sys
+import threading
+
 import pytest
 import torch
 from conftest import tiny_args, unit_scale
@@ -11,6 +15,7 @@ import triton
 
 from llama.cache import Batch
 from llama.cuda import attention, launch, products
+from llama.cuda import step as steps
 from llama.cuda.step import FLIGHTS, CapturedStep, Row
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks
 from llama.cuda.tuning import some_rows_blocks
@@ -94,6 +99,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=9)
         {"n_kv_heads": 4},
         {"head_dim": 32, "tied": True},
         {"dim": 48, "hidden_dim": 80},
+        {"head_dim": 96},
+        {"head_dim": 100, "n_heads": 2},
+        {"head_dim": 18, "n_kv_heads": 2},
     ],
 )
 def test_a_captured_row_is_the_plain_one(changes):
@@ -172,9 +180,9 @@ def test_logits_that_are_not_finite_end_their_request_alone(monkeypatch):
         engine.step()
     engine.cache.k[0, bad.slot, 0] = float("nan")
     engine.step()  # was in flight before
-    with pytest.raises(FloatingPointError, match="not finite"):
-        engine.step()
+    engine.step()
     assert bad.finish_reason == "error"
+    assert "not finite" in str(bad.error)
     while not engine.idle:
         engine.step()
     assert good.tokens == alone
@@ -268,11 +276,175 @@ def test_compiling_that_was_interrupted_can_begin_again(monkeypatch):
         raise KeyboardInterrupt
 
     device = torch.device("cuda:0")
+    monkeypatch.setattr(launch, "current", lambda device: contextlib.nullcontext())
     with monkeypatch.context() as patch:
         patch.setattr(triton.AsyncCompileMode, "__exit__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             launch.compile_together(lambda: None, device)
     seen = []
-    launch.compile_together(lambda: seen.append(launch._gathered), device)
+    launch.compile_together(lambda: seen.append(launch._gathered.get()), device)
     assert seen == [[]]
-    assert launch._gathered is None
+    assert launch._gathered.get() is None
+
+
+class Counted:
+    """A kernel that counts how often it ran, and how often it was compiled only."""
+
+    ran = compiled = 0
+
+    def __getitem__(self, grid):
+        return lambda *args: setattr(self, "ran", self.ran + 1)
+
+    def warmup(self, *args, grid):
+        self.compiled += 1
+        return type("Compiled", (), {"run": None})()
+
+
+def test_kernels_of_other_threads_run_while_one_compiles(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(launch, "index_of", lambda device: 0)
+    kernel, inside, go = Counted(), threading.Event(), threading.Event()
+
+    def compiled():
+        launch.launch(kernel, (1,))(1)
+        inside.set()
+        assert go.wait(10)
+        launch.launch(kernel, (1,))(1)
+
+    thread = threading.Thread(
+        target=launch.compile_together, args=(compiled, torch.device("cpu")), daemon=True
+    )
+    thread.start()
+    assert inside.wait(10)
+    launch.launch(kernel, (1,))(1)
+    assert (kernel.ran, kernel.compiled) == (1, 1)
+    go.set()
+    thread.join()
+    launch.launch(kernel, (1,))(1)
+    assert (kernel.ran, kernel.compiled) == (2, 2)
+
+
+# ---- the device that a step is on
+
+
+def test_a_method_runs_where_its_device_is_the_current_one(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: mock_device(entered, device))
+
+    class Held:
+        def __init__(self, device):
+            self.device = torch.device(device)
+
+        @launch.on_its_device
+        def method(self, a, *, b):
+            return entered.copy(), a, b
+
+    assert Held("cuda:1").method(1, b=2) == ([torch.device("cuda:1")], 1, 2)
+    assert entered == []
+    assert Held("cpu").method(1, b=2) == ([], 1, 2)
+
+
+@contextlib.contextmanager
+def mock_device(entered, device):
+    entered.append(device)
+    try:
+        yield
+    finally:
+        entered.remove(device)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Refuses a kernel's launch where the model's device is not the current one."""
+    entered = []
+    monkeypatch.setattr(launch, "current", lambda device: mock_device(entered, device))
+    real = launch.launch
+
+    def watched(kernel, grid):
+        assert entered, f"{kernel} is launched on whichever device is the current one"
+        assert set(entered) == {DEVICE}
+        return real(kernel, grid)
+
+    rooms = [sys.modules[name] for name in sys.modules if name.startswith("llama.cuda.")]
+    for room in rooms:
+        if getattr(room, "launch", None) is real:
+            monkeypatch.setattr(room, "launch", watched)
+    return entered
+
+
+def test_steps_and_prompts_launch_on_their_own_device(elsewhere):
+    model = small()
+    engine = engine_of(model, True)
+    params = [*SHIFTED[:2], GREEDY, SHIFTED[4], GREEDY]
+    found = answers(engine, [[*PROMPTS[0]], *PROMPTS[1:]], params)
+    assert all(tokens for tokens, *_ in found)
+    assert not elsewhere
+    with pytest.raises(AssertionError, match="whichever device is the current one"):
+        engine.captured.sampler(torch.zeros(1, 96), torch.zeros(1, dtype=torch.int64), rows=1)
+
+
+def test_a_graph_is_captured_on_a_stream_of_its_own_and_by_its_thread_alone(monkeypatch):
+    """Whatever other threads do with the GPU meanwhile is theirs."""
+    model = small()
+    step = CapturedStep(model, model.new_cache(1, 8), 1)
+    step.load([Row(5, 0, 0, (), 9, 0, SamplingParams(temperature=0), ())])
+    step.stream = object()
+    seen = []
+
+    @contextlib.contextmanager
+    def graph(made, **options):
+        seen.append((made, options))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(steps, "compile_together", lambda function, device: None)
+    key = steps.Key(1, None, False, False, True)
+    step._capture(key)
+    options = {"pool": None, "stream": step.stream, "capture_error_mode": "thread_local"}
+    assert seen == [("graph", options)]
+    assert step.graphs == {key: "graph"}
+
+
+# ---- rows of the vocabulary that no token has
+
+
+@pytest.mark.parametrize("padding", [8, 56])
+def test_ids_beyond_the_words_are_never_chosen_by_a_step(padding):
+    """Lean, greedy and full steps; logprobs and alternatives stay those of all rows."""
+    model, words = small(), 96 - padding
+    with torch.no_grad():
+        model.output.weight[words:] *= 20
+    params = [GREEDY, *SHIFTED, SamplingParams(temperature=1.0, top_p=1.0, seed=3, max_tokens=7)]
+    for some in ([GREEDY] * 2, [params[-1]] * 2, params):
+        cache = model.new_cache(8, 64)
+        step = CapturedStep(model, cache, 8, words)
+        rows = [Row(5 + i, 0, i, (), 9, i, p, ()) for i, p in enumerate(some)]
+        step.load(rows)
+        for _ in range(3):
+            step.launch()
+        for _ in range(3):
+            found = step.read()[: len(rows)]
+            assert all(outcome.token < words for outcome in found)
+        logprobs = step.scratch.logits[0].log_softmax(-1)
+        assert found[0].logprob == pytest.approx(float(logprobs[found[0].token]), abs=1e-4)
+        tops = [token for outcome in found for token, _ in outcome.top]
+        assert not tops or max(tops) >= words
+    assert any(o.token >= words for o in unbounded(model, params))
+
+
+def unbounded(model, params):
+    step = CapturedStep(model, model.new_cache(8, 64), 8)
+    step.load([Row(5 + i, 0, i, (), 9, i, p, ()) for i, p in enumerate(params)])
+    step.launch()
+    return step.read()[: len(params)]
+
+
+def test_a_row_behind_the_end_of_its_slot_is_refused():
+    model = small()
+    step = CapturedStep(model, model.new_cache(2, 8), 2)
+    params = SamplingParams(temperature=0)
+    step.load([Row(5, 7, 0, (), 9, 0, params, ())])
+    with pytest.raises(AssertionError):
+        step.load([Row(5, 7, 0, (), 9, 0, params, ()), Row(5, 8, 1, (), 9, 0, params, ())])

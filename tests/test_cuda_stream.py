@@ -203,9 +203,11 @@ def logits_of(model, rows, monkeypatch, **changes):
 RECIPES = [None, "int8", "fp8", "int4"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_step_of_one_row_that_streams_is_the_one_that_does_not(recipe, monkeypatch):
-    shape = dict(dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=256, n_layers=2)
+@pytest.mark.parametrize(
+    ("recipe", "heads", "size"), [*((r, 2, 64) for r in RECIPES), ("int8", 4, 96)]
+)
+def test_a_step_of_one_row_that_streams_is_the_one_that_does_not(recipe, heads, size, monkeypatch):
+    shape = dict(dim=128, n_heads=heads, n_kv_heads=1, head_dim=size, hidden_dim=256, n_layers=2)
     model = quantized_model(recipe, DTYPE, **shape) if recipe else small(**shape).to(DTYPE)
     plain = logits_of(model, 1, monkeypatch, LEAST=10**9)
     ours = logits_of(model, 1, monkeypatch, LEAST=0, stream_blocks=lambda *_: Stream(32, 1, 8, 2))
@@ -215,9 +217,13 @@ def test_a_step_of_one_row_that_streams_is_the_one_that_does_not(recipe, monkeyp
 
 @pytest.mark.skipif(not HOPPER, reason="wide.py is for compute capability 9.0")
 @pytest.mark.parametrize("rows", [2, 4])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_step_of_several_rows_by_wide_products_is_the_one_without(recipe, rows, monkeypatch):
-    shape = dict(dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=256, n_layers=2)
+@pytest.mark.parametrize(
+    ("recipe", "heads", "size"), [*((r, 2, 64) for r in RECIPES), ("int8", 4, 96)]
+)
+def test_a_step_of_several_rows_by_wide_products_is_the_one_without(
+    recipe, heads, size, rows, monkeypatch
+):
+    shape = dict(dim=128, n_heads=heads, n_kv_heads=1, head_dim=size, hidden_dim=256, n_layers=2)
     model = quantized_model(recipe, DTYPE, **shape) if recipe else small(**shape).to(DTYPE)
     monkeypatch.setattr(tuning, "LEAST_WIDE", dict.fromkeys(tuning.LEAST_WIDE, 2))
     monkeypatch.setattr(step, "LEAST_WIDE", tuning.LEAST_WIDE)

@@ -332,6 +332,7 @@ BUILD = {
     "rope_scaling": {"rope_scaling": 4.0},
     "adapter": {"adapter": "a/adapter"},
     "quantize": {"quantize": "int8"},
+    "reuse": {"reuse": True},
     "kernels": {"kernels": False},
 }
 
@@ -352,7 +353,11 @@ def build_outcome(folders, changes):
     scores = built.generate([ids], 0, logprobs=True, echo=True)
     sampled = built.generate([ids], 8, 1.0, 1.0)
     dtype = built.model.norm.weight.dtype
-    return scores, sampled, built.engine.cache.k.shape, dtype, use_kernels.called
+    built.generate([ids], 1)
+    again = built.engine.submit(ids, SamplingParams(max_tokens=1))
+    built.engine.step()
+    shape = built.engine.cache.k.shape
+    return scores, sampled, shape, dtype, use_kernels.called, again.reused
 
 
 @pytest.mark.parametrize("name", inspect.signature(Llama.build).parameters)

@@ -143,7 +143,7 @@ def test_encode_refuses_what_does_not_work(tokenizer, arguments, message):
         tokenizer.encode(**arguments, bos=False, eos=False)
 
 
-@pytest.mark.parametrize("bad", [-1, 420, 10**30, "1", 1.0, None])
+@pytest.mark.parametrize("bad", [-1, 1444, 10**30, "1", 1.0, None])
 def test_ids_outside_the_vocabulary_are_refused(tokenizer, bad):
     for call in (tokenizer.token_bytes, tokenizer.first_bytes, lambda t: tokenizer.decode([5, t])):
         with pytest.raises(ValueError, match="token id"):
@@ -594,22 +594,27 @@ def test_other_errors_still_name_the_dialog_and_end_the_call(llama):
 
 def test_a_tokenizer_of_another_model_is_refused_in_one_sentence(tmp_path, folder, path):
     three = tmp_path / "three"
-    args = tiny_args(vocab_size=512)
+    args = tiny_args(vocab_size=2048)
     write_meta(random_checkpoint(args), three)
     ranks = write_tokenizer(tmp_path / "ranks.model")
     for weights, tokenizer, sizes in (
         (folder, ranks, "512 tokens and the model 420"),
-        (three, path, "420 tokens and the model 512"),
+        (three, path, "420 tokens and the model 2048"),
     ):
         with pytest.raises(ValueError, match=f"{sizes}: they belong to different mod") as caught:
             Llama.build(weights, tokenizer)
         assert "\n" not in str(caught.value)
 
 
-def test_a_few_rows_more_than_tokens_are_padding(tmp_path, path):
-    write(tmp_path, args=dataclasses.replace(ARGS, vocab_size=424))
+@pytest.mark.parametrize("padding", [4, 8, 256, 768])
+def test_rows_without_a_token_are_padding_and_no_text(tmp_path, path, tokenizer, padding):
+    write(tmp_path, args=dataclasses.replace(ARGS, vocab_size=420 + padding))
     llama = Llama.build(tmp_path, path, max_seq_len=64)
-    assert llama.model.params.vocab_size == 424
+    assert llama.model.params.vocab_size == 420 + padding
+    ids = tokenizer.encode("the quick fox", bos=False, eos=False)
+    spare = [420, 419 + padding]
+    assert tokenizer.decode([spare[0], *ids[:2], spare[1], *ids[2:]]) == tokenizer.decode(ids)
+    assert [tokenizer.token_bytes(i) + tokenizer.first_bytes(i) for i in spare] == [b"", b""]
 
 
 def test_info_knows_these_files(folder, capsys):

@@ -1,13 +1,19 @@
 """Laws of the model: what it computes, by comparison with transformers and with itself."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from conftest import tiny_args, unit_scale
 
+from llama import parallel
 from llama.cache import Batch
 from llama.model import ModelArgs, RMSNorm, RopeScaling, Transformer, rope_frequencies
+from llama.parallel import float32_product
+from llama.settings import check_vocabulary, with_limits
 
 SHAPES = {
     "llama3": {},
@@ -275,6 +281,101 @@ def test_a_short_prompt_of_bf16_weights_gives_float32_logits(tiny):
     assert model.cache.k.dtype == torch.bfloat16
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("rows", [1, 8, 33])
+def test_logits_of_half_precision_are_products_in_float32(tiny, dtype, rows):
+    """Rounded, equal logits would be first together, and the best token another one."""
+    model = tiny(vocab_size=20_000).to(dtype)
+    tokens = torch.arange(rows)
+    with torch.no_grad():
+        hidden = model.hidden(tokens, tokens, Batch([rows]))
+        logits = model.logits(hidden)
+        exact = hidden.double() @ model.output.weight.double().T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-5)
+    assert torch.equal(logits.argmax(-1), exact.argmax(-1))
+    rounded = exact.to(dtype)
+    assert (rounded != exact).float().mean() > 0.9
+    assert len(logits[0].unique()) > 2 * len(rounded[0].unique())
+
+
+def test_a_weight_in_many_blocks_is_the_whole_weight(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 24, generator=generator).bfloat16() for n in (5, 103))
+    whole = x.double() @ weight.double().T
+    for block in (1, 24 * 10, 2**20):
+        monkeypatch.setattr(parallel, "float32_block", lambda _, size=block: size)
+        out = torch.full((5, 110), 7.0)
+        with torch.no_grad():
+            made = float32_product(x, weight)
+            float32_product(x, weight, out[:, 3:106])
+        torch.testing.assert_close(made.double(), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(out[:, 3:106].double(), whole, rtol=0, atol=1e-5)
+        assert (out[:, :3] == 7).all()
+        assert (out[:, 106:] == 7).all()
+
+
+WIDE = [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+
+
+@pytest.mark.parametrize("dtypes", [(h, h) for h in HALF] + WIDE)
+def test_the_product_of_logits_has_the_gradients_of_a_product(dtypes):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 24, generator=generator) for n in (6, 50))
+    x, weight = x.to(dtypes[0]).view(2, 3, 24).requires_grad_(), weight.to(dtypes[1])
+    weight.requires_grad_()
+    target = torch.arange(6)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    out = float32_product(x, weight)
+    assert out.dtype == torch.float32
+    torch.nn.functional.cross_entropy(out.flatten(0, 1), target).backward()
+    logits = torch.nn.functional.linear(*exact)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), target).backward()
+    for ours, theirs in zip((x, weight), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, *HALF])
+@pytest.mark.parametrize("cast", HALF)
+def test_metas_call_works_under_autocast(tiny, weights, cast):
+    model = tiny().to(weights)
+    tokens = torch.randint(0, 96, (3, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(tokens, 0)
+        with torch.autocast("cpu", dtype=cast):
+            parts = [model(tokens[:, low:high], low) for low, high in ((0, 7), (7, 11), (11, 12))]
+    assert model.cache.k.dtype == weights
+    assert {part.dtype for part in parts} == {torch.float32}
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=0.2)
+
+
+def test_training_under_autocast_has_gradients_in_float32(tiny):
+    model = tiny()
+    tokens = torch.arange(16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model.forward_flat(tokens, tokens, Batch([16]))
+        torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]).backward()
+    assert logits.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_forgetting_a_part_of_a_slot_leaves_the_rest(tiny):
+    cache = tiny().new_cache(3, 10)
+    for tensor in (cache.k, cache.v):
+        tensor.fill_(float("nan"))
+    cache.forget(1, 4)
+    kept = torch.ones(3, 10, dtype=torch.bool)
+    kept[1, :4] = False
+    assert torch.equal(cache.k.isnan().any(-1).any(-1).any(0), kept)
+    assert torch.equal(cache.v.isnan().any(-1).any(-1).any(0), kept)
+    cache.forget(2)
+    assert not cache.k[:, 2].any()
+    assert cache.v[:, 1, 4:].isnan().all()
+
+
 def test_scripts_for_metas_model_set_the_vocabulary_after_construction():
     args = ModelArgs(dim=64, n_layers=1, n_heads=4, max_seq_len=16, max_batch_size=2)
     assert args.vocab_size == -1
@@ -299,6 +400,30 @@ def test_scripts_for_metas_model_set_the_vocabulary_after_construction():
 def test_a_shape_that_is_no_model_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         ModelArgs(**{"dim": 64, "n_heads": 8, "n_kv_heads": 4, **change})
+
+
+@pytest.mark.parametrize("kind", [numpy.int32, numpy.int64, numpy.array, torch.tensor])
+def test_the_limits_of_a_run_are_whole_numbers_of_any_kind(kind):
+    limited = with_limits(tiny_args(), kind(3), kind(50))
+    assert (limited.max_batch_size, limited.max_seq_len) == (3, 50)
+    assert {type(limited.max_batch_size), type(limited.max_seq_len)} == {int}
+    for wrong in (0, numpy.float64(2), numpy.bool_(True), kind(0), torch.tensor([4])):
+        for limits in ((wrong, 50), (3, wrong)):
+            with pytest.raises(ValueError, match="must be a positive whole number"):
+                with_limits(tiny_args(), *limits)
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "fits"),
+    [(512, 520, True), (546, 812, False), (1536, 1544, True), (1536, 1792, True),
+     (1536, 2304, True), (1536, 1540, True), (1536, 1700, False), (32000, 32001, True),
+     (32000, 32768, True), (32000, 128256, False), (128256, 32000, False), (128256, 129024, True),
+     (128256, 130048, True), (128256, 131072, False), (128000, 128256, True)],
+)  # fmt: skip
+def test_padding_of_any_size_that_people_ship_fits(words, rows, fits):
+    tokenizer = SimpleNamespace(n_words=words)
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="different models"):
+        check_vocabulary(tokenizer, tiny_args(vocab_size=rows), "here")
 
 
 def test_a_rectangle_that_does_not_fit_is_refused(tiny):

@@ -6,8 +6,14 @@ import re
 
 import pytest
 import torch
+from conftest import tiny_args, unit_scale
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from llama import sampling
 from llama.checkpoint import (
+    Format,
     check,
     check_memory,
     free_memory,
@@ -18,8 +24,10 @@ from llama.checkpoint import (
     write_meta,
 )
 from llama.checkpoint import plan as plan_module
-from llama.model import ModelArgs
+from llama.engine import Engine
+from llama.model import ModelArgs, Transformer
 from llama.parallel import ONE, Ranks
+from llama.sampling import RowParams, SamplingParams, logprobs_of, sample
 
 GIB = 2**30
 EIGHT_B = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256,
@@ -27,6 +35,124 @@ EIGHT_B = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=
 SEVENTY_B = ModelArgs(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=128256,
                       multiple_of=4096, ffn_dim_multiplier=1.3)  # fmt: skip
 TINY = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=125, hidden_dim=96)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that results of torch's functions held at one time, `held` left out."""
+
+    def __init__(self, *held):
+        super().__init__()
+        self.live, self.bytes = {}, 0
+        self.held = {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.held:
+                    self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {key: each for key, each in self.live.items() if not each[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self.live.values()))
+        return out
+
+
+ASKED = {
+    "greedy": SamplingParams(temperature=0),
+    "top_p": SamplingParams(),
+    "top_k": SamplingParams(top_k=40, top_p=1.0),
+    "everything": SamplingParams(top_k=40, min_p=0.01, presence_penalty=0.1, frequency_penalty=0.1,
+                                 logit_bias={1: 2.0}, logprobs=20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_the_choice_of_many_rows_takes_a_few_rows_at_a_time(monkeypatch, asked, rows):
+    vocab = 20_000
+    monkeypatch.setattr(sampling, "AT_ONCE", 2 * vocab)
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
+    params = RowParams.from_params([ASKED[asked]] * rows, [1] * rows, logits.device)
+    counts, index = [[1, 5, 5]] * rows, torch.zeros(rows, dtype=torch.int64)
+    with torch.no_grad(), Peak(logits) as peak:
+        ids = sample(logits, params, index, counts, vocab - 8)
+        logprobs_of(logits, ids, ASKED[asked].logprobs or 0)
+    assert peak.bytes < sampling.BYTES_AT_ONCE * min(2, rows) * vocab + 10_000 * rows
+    if asked == "everything":
+        assert peak.bytes > 0.8 * sampling.BYTES_AT_ONCE * min(2, rows) * vocab
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_many_rows_takes_what_the_plan_says(asked, dtype):
+    args = tiny_args(vocab_size=20_000, max_batch_size=16, max_seq_len=32)
+    model = unit_scale(Transformer(args)).to(dtype)
+    engine = Engine(model, max_batch_size=16, max_seq_len=32, chunk=64)
+    plan = make_plan(args, dtype=dtype, max_batch_size=16, max_seq_len=32, chunk=64)
+    params = dataclasses.replace(ASKED[asked], max_tokens=12, prompt_logprobs=0, seed=1)
+    held = [*model.parameters(), engine.cache.k, engine.cache.v, model.freqs]
+    for length in range(1, 17):
+        engine.submit(list(range(length)), params)
+    with Peak(*held) as peak:
+        while not engine.idle:
+            engine.step()
+    assert peak.bytes <= plan.workspace
+    if asked == "everything":
+        assert peak.bytes > plan.workspace / 2
+
+
+def test_many_rows_of_a_large_vocabulary_are_counted():
+    """128 rows of Llama 3's: logits, counts and biases that stay, and what choosing holds."""
+    plans = [
+        make_plan(EIGHT_B, dtype=torch.bfloat16, max_batch_size=rows, max_seq_len=2048, chunk=2048,
+                  device="cuda", kernels=kernels)
+        for kernels in (True, False) for rows in (1, 128)
+    ]  # fmt: skip
+    logits = 128 * 128256 * 4
+    assert plans[1].kept > 3 * logits
+    assert plans[3].kept == plans[2].kept == 0
+    assert plans[3].choosing > logits
+    assert plans[3].workspace >= plans[3].choosing
+    assert plans[1].workspace >= plans[1].choosing + plans[1].kept
+    assert plans[0].workspace < plans[0].choosing + plans[0].kept + 2**30
+
+
+def test_attention_without_kernels_is_counted_where_torch_has_none():
+    def per_key(**changes):
+        asked = {"dtype": torch.bfloat16, "device": "cuda", "max_seq_len": 131072, "chunk": 2048}
+        args = dataclasses.replace(EIGHT_B, **changes.pop("args", {}))
+        return make_plan(args, **{**asked, **changes}).workspace_per_key
+
+    repeated, mask = 2 * 4096 * 2, 2048 * 3
+    assert per_key() == per_key(kernels=False) == per_key(ranks=8) == 0
+    assert per_key(flash=False, kernels=False) == repeated + mask
+    assert per_key(args={"head_dim": 512}, kernels=False) == 4 * repeated + mask
+    assert per_key(args={"head_dim": 36}, kernels=False) > 0
+    assert per_key(dtype=torch.float32, kernels=False) == 2 * repeated + 2048 * 5
+    assert per_key(dtype=torch.float32, ranks=8) == 2 * repeated // 8 + 2048 * 5
+    assert per_key(device="cpu") == repeated + mask
+
+
+def test_packed_weights_are_unpacked_without_kernels_too():
+    formats = {"layers.0.feed_forward.w1.weight": Format("int8")}
+    for changes in ({"ranks": 8}, {"kernels": False}):
+        plan = make_plan(EIGHT_B, dtype=torch.bfloat16, device="cuda", formats=formats, **changes)
+        numbers = min(2**24, 4096 * 14336 // changes.get("ranks", 1))
+        assert plan.unpacked >= 6 * numbers
+
+
+def test_the_check_of_a_run_knows_its_kernels_and_its_gpu(tmp_path, monkeypatch):
+    write_meta(random_checkpoint(dataclasses.replace(TINY, vocab_size=128)), tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    monkeypatch.setattr(plan_module, "free_memory", lambda *_: 64 * GIB)
+    seen = []
+    for capability in ((7, 5), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        for kernels in (True, False):
+            device = torch.device("cuda:1")
+            plan = check_memory(checkpoint, ONE, device, torch.float16, 16, kernels=kernels)
+            seen.append((plan.kernels, plan.flash))
+    assert seen == [(False, False), (False, False), (True, True), (False, True)]
 
 
 @pytest.mark.parametrize("tied", [False, True])

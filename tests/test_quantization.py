@@ -14,7 +14,7 @@ from conftest import BYTES_VOCAB, tiny_args, write_adapter, write_tokenizer
 from ranks_worker import answers, build
 from test_ranks import launch, same_answers
 
-from llama import Llama
+from llama import Llama, parallel
 from llama.checkpoint import (
     check,
     make_plan,
@@ -33,7 +33,7 @@ from llama.checkpoint.source import LazyTensor
 from llama.comparison import Difference
 from llama.demo.quantized import difference, held_out_rows
 from llama.model import ModelArgs
-from llama.parallel import ONE, Ranks
+from llama.parallel import ONE, OutputLinear, Ranks
 from llama.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -198,6 +198,51 @@ def test_torchs_int8_product_agrees_with_the_plain_one():
     assert linear._torchs_own(packed, x)
     assert not linear._torchs_own(packed, x.float())
     assert not linear._torchs_own(packed, x.repeat(9, 1))
+
+
+@each_format
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_quantized_logits_are_float32_from_the_product_on(format, rows, monkeypatch):
+    packed = quantize(numbers(400), format)
+    layer = linear.quantized(OutputLinear(128, 400, bias=False), packed, torch.bfloat16)
+    x = numbers(rows, 128, seed=1, dtype=torch.bfloat16)
+    exact = F.linear(x.double(), packed.unpack(torch.float32).double())
+    rounded = F.linear(x.double(), layer.dequantized().double())
+    for block in (2**20, 10 * 128):
+        monkeypatch.setattr(linear, "_BLOCK", {"cpu": block})
+        logits = layer(x)
+        assert logits.dtype == torch.float32
+        errors = [float((logits - numbers).abs().max()) for numbers in (exact, rounded)]
+        assert min(errors) < 1e-4, errors  # of the weights, or of them in the layer's dtype
+
+
+@pytest.mark.parametrize("recipe", [None, "int8", "fp8", "int4"])
+def test_logits_of_several_ranks_are_float32_from_the_product_on(recipe, monkeypatch):
+    """The parts of two ranks, as they are before they are gathered."""
+    checkpoint = random_checkpoint(tiny_args(), dtype=torch.bfloat16)
+    ours = formats_of(recipe, checkpoint.args) if recipe else {}
+    monkeypatch.setattr(parallel, "gathered", lambda part: part)
+    monkeypatch.setattr(linear, "gathered", lambda part: part)
+    monkeypatch.setattr(parallel.mappings, "copy_to_model_parallel_region", lambda states: states)
+    h = numbers(5, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        whole, *parts = (
+            load(checkpoint, ranks=ranks, device="cpu", formats=ours).output(h)
+            for ranks in (ONE, Ranks(0, 2), Ranks(1, 2))
+        )
+    assert {part.dtype for part in (whole, *parts)} == {torch.float32}
+    torch.testing.assert_close(torch.cat(parts, -1), whole, rtol=0, atol=1e-5)
+
+
+def test_one_warning_says_what_packed_weights_cost_on_several_ranks(caplog):
+    checkpoint = checkpoint_of()
+    for ranks in (ONE, Ranks(1, 2, is_main=False)):
+        load_by(checkpoint, "int8", ranks)
+    load(checkpoint, ranks=Ranks(0, 2), device="cpu", formats={})
+    assert not caplog.records
+    load_by(checkpoint, "int8", Ranks(0, 2))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "2 ranks run without kernels" in caplog.text
 
 
 @each_format

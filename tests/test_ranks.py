@@ -157,6 +157,30 @@ def test_a_dead_rank_ends_the_others_within_ten_seconds(files, tmp_path, mode):
     assert "rank 0 of 2 lost another rank" in errors
 
 
+def test_an_error_that_one_rank_alone_sees_ends_the_others_with_a_sentence(files, tmp_path):
+    """The other one waited for it for ever, in a sum that never came."""
+    tokenizer, folders = files
+    ranks = start_two("lone_error", tmp_path, tokenizer, folders[8, 2])
+    try:
+        deadline = time.monotonic() + 120
+        while not Path(tmp_path, "rank1.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        failed = time.monotonic()
+        errors = ranks[0].communicate(timeout=30)[1]
+        assert time.monotonic() - failed < 10
+        assert ranks[0].returncode not in (0, None)
+        assert "rank 0 of 2 lost another rank" in errors
+        assert "rank 1 failed in a step" in errors
+        first, second = json.loads(Path(tmp_path, "rank1.json").read_text())
+        assert first == "OutOfMemoryError: rank 1 alone has no memory left"
+        assert "this model's ranks no longer step together, since one failed (OutOfMem" in second
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["endless", "waiting"])
 def test_a_dead_rank_ends_the_others_on_gpus_too(files, tmp_path, mode):

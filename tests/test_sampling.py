@@ -496,7 +496,7 @@ def test_every_field_of_the_sampler_changes_something(name):
         ("max_tokens", [-1, 1.5, True, "9"], "int >= 0"),
         ("stop_token_ids", [5, "5", b"5", None, (-1,), (1.0,), [True]], "token ids"),
         ("logprobs", [-1, 2.0, True], "int >= 0"),
-        ("prompt_logprobs", [1, None, "yes"], "True or False"),
+        ("prompt_logprobs", [-1, 2.0, "yes"], "int >= 0 or None"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_work(name, bad, works):
@@ -535,14 +535,125 @@ def test_params_are_values():
     [
         ({"logit_bias": {3: 0.0, 8: 1.0}}, "logit_bias has id 8; ids go from 0 to 7"),
         ({"stop_token_ids": (7, 9)}, "stop_token_ids has id 9; ids go from 0 to 7"),
-        ({"logprobs": 9}, "logprobs is 9; it must be at most 8"),
+        ({"logprobs": 9}, "^logprobs is 9; it must be at most 8"),
+        ({"prompt_logprobs": 9}, "prompt_logprobs is 9; it must be at most 8"),
         ({"logit_bias": dict.fromkeys(range(8), -math.inf)}, "bans all 8 tokens"),
     ],
 )
 def test_what_depends_on_the_vocabulary_is_checked_against_it(fields, message):
-    SamplingParams(logit_bias={7: 1.0}, stop_token_ids=(7,), logprobs=8).check_vocabulary(8)
+    params = SamplingParams(logit_bias={7: 1.0}, stop_token_ids=(7,), logprobs=8, prompt_logprobs=8)
+    params.check_vocabulary(8)
     with pytest.raises(ValueError, match=message):
         SamplingParams(**fields).check_vocabulary(8)
+
+
+def test_what_may_be_chosen_may_not_be_banned_to_the_last():
+    all_words = SamplingParams(logit_bias=dict.fromkeys(range(6), -math.inf))
+    all_words.check_vocabulary(8)
+    with pytest.raises(ValueError, match="bans all 6 tokens"):
+        all_words.check_vocabulary(8, words=6)
+    SamplingParams(logit_bias=dict.fromkeys(range(1, 8), -math.inf)).check_vocabulary(8, words=6)
+
+
+NUMBERS = {  # every field that takes a number, and one that float32 holds
+    "temperature": 0.5, "top_p": 0.75, "top_k": 40, "min_p": 0.25, "presence_penalty": 1.5,
+    "frequency_penalty": -2, "seed": 7, "max_tokens": 3, "logprobs": 2, "prompt_logprobs": 4,
+}  # fmt: skip
+FLOATS = (np.float16, np.float32, np.float64, np.array, torch.tensor)
+WHOLE = (np.int32, np.int64, np.uint8, np.array, torch.tensor)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_numpy_and_torch_are_taken_and_kept_as_pythons(name):
+    number = NUMBERS[name]
+    for kind in WHOLE if isinstance(number, int) and number > 0 else FLOATS:
+        params = SamplingParams(**{name: kind(number)})
+        assert getattr(params, name) == number
+        assert type(getattr(params, name)) in (int, float)
+        assert params == SamplingParams(**{name: type(getattr(params, name))(number)})
+    refused = [np.array([number]), torch.tensor([number])]
+    if name != "prompt_logprobs":  # which True and False stood for
+        refused += [np.bool_(True), torch.tensor(True)]
+    if name in ("top_k", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
+        refused += [np.float64(number), torch.tensor(float(number))]
+    for value in refused:
+        with pytest.raises(ValueError, match=f"^{name} is "):
+            SamplingParams(**{name: value})
+
+
+def test_every_number_of_the_params_is_among_those_tried():
+    others = {"logit_bias", "stop_token_ids"}
+    assert {f.name for f in dataclasses.fields(SamplingParams)} == NUMBERS.keys() | others
+
+
+def test_biases_and_stop_ids_take_numbers_and_arrays_too():
+    bias = {np.int64(3): np.float32(-math.inf), torch.tensor(5): torch.tensor(2.5)}
+    params = SamplingParams(logit_bias=bias)
+    assert params.logit_bias == {3: -math.inf, 5: 2.5}
+    assert {type(i) for pair in params.logit_bias.items() for i in pair} == {int, float}
+    for ids in (np.array([4, 9]), torch.tensor([4, 9]), [np.int32(4), torch.tensor(9)]):
+        stops = SamplingParams(stop_token_ids=ids).stop_token_ids
+        assert stops == (4, 9)
+        assert {type(i) for i in stops} == {int}
+    for ids in (np.array([4.0]), torch.tensor([[4]]), torch.tensor(4), np.array([True]), [-1]):
+        with pytest.raises(ValueError, match=r"^stop_token_ids is "):
+            SamplingParams(stop_token_ids=ids)
+    for wrong in ({np.float64(3): 1.0}, {np.bool_(True): 1.0}, {3: np.array([1.0])}):
+        with pytest.raises(ValueError, match=r"^logit_bias has "):
+            SamplingParams(logit_bias=wrong)
+
+
+def test_true_scores_a_prompt_without_alternatives_and_false_does_not():
+    asked = [SamplingParams(prompt_logprobs=p).prompt_logprobs for p in (True, False, None, 0, 3)]
+    assert asked == [0, None, None, 0, 3]
+    assert {type(a) for a in asked} == {int, type(None)}
+
+
+# ---- rows of the vocabulary that no token has
+
+
+CUT = [
+    unfiltered(temperature=0),
+    unfiltered(),
+    unfiltered(top_p=0.6),
+    unfiltered(top_k=4),
+    unfiltered(min_p=0.2),
+    unfiltered(frequency_penalty=1.0, logit_bias={2: 3.0}),
+    unfiltered(top_k=5, top_p=0.9, logit_bias={21: 1e6, 3: -math.inf, 29: -math.inf}),
+]
+
+
+@pytest.mark.parametrize("at_once", [2**22, 70, 1])
+def test_ids_beyond_the_words_are_never_chosen_and_change_nothing(monkeypatch, at_once):
+    """Also in slices of a few rows: the choice is that of a vocabulary without them."""
+    monkeypatch.setattr(sampling, "AT_ONCE", at_once)
+    params = CUT * 30
+    logits = random_logits(len(params), 30)
+    logits[:, 20:] += 8  # better than every word
+    seeds, index = list(range(len(params))), torch.arange(len(params))
+    counts = torch.randint(0, 3, logits.shape, generator=torch.Generator().manual_seed(1))
+    chosen = sample(logits, rows_of(*params, seeds=seeds), index, counts, words=20)
+    inside = [
+        dataclasses.replace(p, logit_bias={i: b for i, b in (p.logit_bias or {}).items() if i < 20})
+        for p in params
+    ]
+    alone = sample(logits[:, :20], rows_of(*inside, seeds=seeds), index, counts[:, :20])
+    assert torch.equal(chosen, alone)
+    assert (sample(logits, rows_of(*params, seeds=seeds), index, counts) >= 20).any()
+
+
+def test_slices_of_rows_are_all_rows(monkeypatch):
+    params = [p for p in CUT for _ in range(3)]
+    logits = random_logits(len(params), 30)
+    rows, index = rows_of(*params), torch.arange(len(params))
+    generated = [[i % 30, (7 * i) % 30, 4, 4] for i in range(len(params))]
+    counts = count_tokens(torch.zeros_like(logits), generated)
+    whole = sample(logits, rows, index, counts), logprobs_of(logits, index, 3)
+    monkeypatch.setattr(sampling, "AT_ONCE", 4 * 30)
+    assert torch.equal(sample(logits, rows, index, counts), whole[0])
+    assert torch.equal(sample(logits, rows, index, generated), whole[0])
+    assert torch.equal(sample(logits, rows, index, generated, 30), whole[0])
+    assert all(map(torch.equal, logprobs_of(logits, index, 3), whole[1]))
 
 
 # ---- logits looked at

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from llama import tokenizer as module
-from llama.tokenizer import ChatFormat, IncrementalDecoder, Tokenizer
+from llama.tokenizer import ChatFormat, IncrementalDecoder, Tokenizer, spare_rows
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "llama3_tokenizer.model"
 OFFICIAL_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
@@ -341,12 +341,26 @@ def test_an_id_outside_the_vocabulary_is_named(small, token, message):
 def test_an_id_past_the_vocabulary_is_named_with_its_limits(small):
     last = small.n_words - 1
     assert small.decode([last]) == "<|reserved_special_token_250|>"
-    with pytest.raises(ValueError, match=f"token id {last + 1} .* 0 to {last}$"):
-        small.decode([last + 1])
+    far = last + 1 + spare_rows(small.n_words)
+    with pytest.raises(ValueError, match=f"token id {far} .* 0 to {last}$"):
+        small.decode([far])
     with pytest.raises(ValueError, match=str(2**40)):
         small.decode([2**40])
     with pytest.raises(ValueError, match=r"1\.5.*float"):
         small.decode([1.5])
+
+
+@pytest.mark.parametrize("row", [0, 7, 255, 767, 1023])
+@pytest.mark.parametrize("ids", [[72, None, 105], [None, 72], [0xE4, None, 0xB8, 0xAD], [None] * 2])
+def test_a_row_of_the_model_that_no_token_has_is_no_text(small, ids, row):
+    """What transformers makes of it, in decode, a token alone and a stream."""
+    ids = [small.n_words + row if i is None else i for i in ids]
+    known = [i for i in ids if i < small.n_words]
+    decoder = IncrementalDecoder(small)
+    assert small.decode(ids) == small.decode(known)
+    assert "".join([*map(decoder.push, ids), decoder.flush()]) == small.decode(known)
+    assert b"".join(map(small.token_bytes, ids)) == b"".join(map(small.token_bytes, known))
+    assert {small.first_bytes(i) for i in ids if i not in known} == {b""}
 
 
 def test_decode_takes_any_iterable_of_integers(small):

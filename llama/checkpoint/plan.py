@@ -21,7 +21,8 @@ from llama.checkpoint.names import groups, local_shape, shapes
 from llama.checkpoint.packed import Format, local_format
 from llama.checkpoint.source import Checkpoint, mapped_parts
 from llama.model import ModelArgs
-from llama.parallel import Ranks
+from llama.parallel import Ranks, float32_block
+from llama.sampling import AT_ONCE, BYTES_AT_ONCE, SHIFTED_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Plan:
     cache_dtype: torch.dtype
     mapped: bool  # the weights are mapped files
     device: str  # its type
+    kernels: bool = True  # those of llama.cuda, where they can run
+    flash: bool = True  # torch has its kernel for grouped heads on this GPU
     formats: Mapping[str, Format] = field(default_factory=dict, repr=False)
 
     @property
@@ -74,13 +77,39 @@ class Plan:
         """What attention of a chunk holds for each key of the longest sequence.
 
         Keys and values repeated for the heads that share them, 2 H E b, and a mask, N (b + 1),
-        where no kernel does without: on CUDA only the former, and only in float32.
+        where no kernel does without: torch's flash attention does, in half precision.
         """
         queries = self.args.n_heads // self.ranks * self.args.head_dim
         repeated, mask = 2 * queries * self.dtype.itemsize, self.rows * (self.dtype.itemsize + 1)
-        if self.device == "cuda":
-            return repeated if self.dtype == torch.float32 else 0
-        return repeated + mask
+        if self.device != "cuda":
+            return repeated + mask
+        if self.captured and self.dtype == torch.float32:
+            return repeated  # of head sizes that kernels do not take
+        half = self.dtype != torch.float32 and self.args.head_dim <= 256
+        return 0 if half and self.flash and self.args.head_dim % 8 == 0 else repeated + mask
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are captured, with tensors that stay for as long as the engine does."""
+        return self.kernels and self.device == "cuda" and self.ranks == 1
+
+    @property
+    def choosing(self) -> int:
+        """What the choice of a token for every row holds for as long as it takes.
+
+        R rows V of logits, 4 bytes each, and what a few rows of them take while they are chosen
+        from, see `llama.sampling.sample`.
+        """
+        every = self.max_batch_size * self.args.vocab_size
+        return 4 * every + BYTES_AT_ONCE * min(every, max(AT_ONCE, self.args.vocab_size))
+
+    @property
+    def kept(self) -> int:
+        """What captured steps keep: logits, counts and biases of all rows, and what the choice for
+        some of them takes, see llama/cuda/shifts.py."""
+        vocab = self.args.vocab_size
+        slices = BYTES_AT_ONCE * min(SHIFTED_ROWS, self.max_batch_size) * vocab
+        return 12 * self.max_batch_size * vocab + slices if self.captured else 0
 
     @property
     def rows(self) -> int:
@@ -88,11 +117,12 @@ class Plan:
 
     @property
     def workspace(self) -> int:
-        """An upper estimate of what one prefill chunk of N rows holds beside weights and cache.
+        """An upper estimate of what a step of N rows holds beside weights and cache.
 
-        The largest of what comes one after the other: attention N (2 D b + 8 D + 3 (H + 2 K) E b +
-        12 H E) + workspace_per_key L, feed-forward N (2 D b + 8 D + 3 F b), and M V (b + 8) for a
-        slice of M logits. Float32 copies of states and queries are the terms without b.
+        What captured steps keep, and the largest of what comes one after the other: attention N (2
+        D b + 8 D + 3 (H + 2 K) E b + 12 H E) + workspace_per_key L, feed-forward N (2 D b + 8 D + 3
+        F b), and beside N D b of states M V (b + 8) for a slice of M logits, or the choice of
+        tokens. Float32 copies of states and queries are the terms without b.
         """
         args, b = self.args, self.dtype.itemsize
         queries = args.n_heads // self.ranks * args.head_dim
@@ -101,16 +131,29 @@ class Plan:
         attention = self.rows * (states + 3 * b * (queries + 2 * keys) + 12 * queries)
         feed_forward = self.rows * (states + 3 * b * (args.hidden_dim // self.ranks))
         logits = min(self.logits_rows, self.rows) * args.vocab_size * (b + 8)
-        return max(attention + self.workspace_per_key * self.max_seq_len, feed_forward, logits)
+        after = 2 * self.rows * args.dim * b + max(logits, self.choosing) + 4 * self.blocks
+        return self.kept + max(
+            attention + self.workspace_per_key * self.max_seq_len, feed_forward, after
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Numbers of the output matrix that are made float32 at a time, where products of half
+        precision cannot sum into it."""
+        if self.device == "cuda" or self.dtype == torch.float32:
+            return 0
+        return min(float32_block(self.device), self.args.vocab_size * self.args.dim)
 
     @property
     def unpacked(self) -> int:
-        """What a GPU's products of many rows unpack at once: at most 2^25 numbers of a matrix.
-
-        Kernels are for one rank.
+        """What a GPU's products of many rows unpack at once: at most 2^25 numbers of a matrix with
+        kernels, 2^24 without, which are float32 and bytes before they are of the weights' dtype.
         """
-        if self.device != "cuda" or self.ranks > 1 or not self.formats:
+        if self.device != "cuda" or not self.formats:
             return 0
+        if not self.captured:
+            largest = max(prod(local_shape(n, self.args, self.ranks)) for n in self.formats)
+            return min(largest, 2**24) * (self.dtype.itemsize + 9)
         every = shapes(self.args)
         sizes = []
         for group in groups(self.args):
@@ -174,13 +217,16 @@ def make_plan(
     cache_dtype: torch.dtype | None = None,
     mapped: bool = False,
     device: str = "cpu",
+    kernels: bool = True,
+    flash: bool = True,
     formats: Mapping[str, Format] | None = None,
 ) -> Plan:
     """The plan of one of `ranks`; max_seq_len=None is the model's context.
 
     chunk: the most rows of one forward pass; logits_rows: the most logits computed at once; mapped:
-    the weights stay in their files; device: its type; formats: of the matrices that are quantized.
-    Raises ValueError where the model cannot be cut so.
+    the weights stay in their files; device: its type; kernels: whether those of llama.cuda run
+    where they can; flash: whether torch has its flash attention on this GPU; formats: of the
+    matrices that are quantized. Raises ValueError where the model cannot be cut so.
     """
     size = ranks if isinstance(ranks, int) else ranks.size
     if size not in args.rank_counts():
@@ -202,6 +248,8 @@ def make_plan(
         cache_dtype=cache_dtype or dtype,
         mapped=mapped,
         device=device,
+        kernels=kernels,
+        flash=flash,
         formats=formats or {},
     )
 
@@ -240,14 +288,17 @@ def check_memory(
     chunk: int,
     formats: Mapping[str, Format] | None = None,
     recipes: Recipes | None = None,
+    kernels: bool = True,
 ) -> Plan:
     """`check` for a checkpoint whose args hold the limits of the run, against what is free now.
 
-    `formats` of matrices that will be packed; None: those that are stored so. The ranks of a CPU
-    run are taken to share this machine's memory. Returns the plan.
+    `formats` of matrices that will be packed; None: those that are stored so. `kernels` as in
+    `Llama.build`. The ranks of a CPU run are taken to share this machine's memory. Returns the
+    plan.
     """
     args = checkpoint.args
     chosen = checkpoint.formats if formats is None else formats
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     plan = make_plan(
         args,
         dtype=dtype,
@@ -257,6 +308,8 @@ def check_memory(
         chunk=chunk,
         mapped=is_mapped(checkpoint, ranks, device, dtype, chosen),
         device=device.type,
+        kernels=kernels and not old,
+        flash=not old,
         formats=chosen,
     )
     check(plan, free_memory(device, ranks.size if device.type == "cpu" else 1), device, recipes)

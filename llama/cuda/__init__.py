@@ -32,6 +32,6 @@ def supported(
     if dtype not in DTYPES:
         return f"the weights are {dtype}, not bfloat16, float16 or float32"
     size = args.head_dim
-    if not 16 <= size <= 256 or size & (size - 1):
-        return f"the head size is {size}, not 16, 32, 64, 128 or 256"
+    if not 16 <= size <= 256:
+        return f"the head size is {size}, not between 16 and 256"
     return None

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from llama.cache import Batch, KVCache
 from llama.checkpoint.packed import Packed
-from llama.cuda.launch import compile_together
+from llama.cuda.launch import compile_together, on_its_device
 from llama.cuda.prefill import attend_runs, tile_table, tiling
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.tuning import largest_power_of_two
 from llama.cuda.unpack import Unpacked
 from llama.cuda.weights import Weight, pairs_of
 from llama.model import Transformer, TransformerBlock, attend_decode
+from llama.parallel import float32_product
 from llama.quantization.linear import QuantizedEmbedding, QuantizedLinear
 
 # Attention of sequences that bring one token: q (R, H, E), k_layer and v_layer (P, T, K, E),
@@ -146,6 +147,7 @@ class FlatForward:
             _hand_out([model.tok_embeddings], **held)
         self.blocks = [Block.of(layer) for layer in model.layers]  # type: ignore[arg-type]
         weight = model.norm.weight
+        self.device = weight.device
         self.cut = tiling(args.head_dim, weight.dtype, weight.device)
         self.numbers = Unpacked(self._largest(), weight.dtype, weight.device)
         self.compiled = weight.device.type != "cuda"
@@ -157,6 +159,7 @@ class FlatForward:
             (rows_at_once(w) * w.shape[1] for w in every if isinstance(w, Packed)), default=0
         )
 
+    @on_its_device
     @torch.no_grad()
     def hidden(self, tokens: Tensor, positions: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """The normed states (N, D) that `logits` reads; arguments as of Transformer.hidden."""
@@ -182,6 +185,7 @@ class FlatForward:
             self._layer(h, x, layer, step)
         return rms_norm(x, self.model.norm.weight, eps, out=h)
 
+    @on_its_device
     @torch.no_grad()
     def logits(self, h: Tensor) -> Tensor:
         """Logits (M, V) in float32 of states (M, D)."""
@@ -189,9 +193,9 @@ class FlatForward:
         return self.logits_into(h, out)[..., : self.model.params.vocab_size]
 
     def logits_into(self, h: Tensor, out: Tensor) -> Tensor:
-        """Products (M, V) of states and the output matrix, rounded to their dtype, in `out`."""
+        """Products (M, V) of states and the output matrix, float32 like `out`, where they go."""
         for low, high, some in self.parts(self.output):
-            out[:, low:high].copy_(torch.mm(h, some.t()))
+            float32_product(h, some, out[:, low:high])
         return out
 
     def parts(self, weight: Weight) -> Iterator[tuple[int, int, Tensor]]:

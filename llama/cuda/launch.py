@@ -12,25 +12,49 @@ first one, by as many threads as there are processors (`compile_together`).
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from functools import cache
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, copy_context
+from functools import cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_gathered: list[Any] | None = None  # kernels, while they are not to run
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Kernels, while they are not to run; of this thread alone, since others go on launching theirs.
+_gathered: ContextVar[list[Any] | None] = ContextVar("gathered", default=None)
+
+LEAST_SHARED = 32 * 1024  # bytes of a program below which blocks are not made for
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter, on CPU tensors: tests
 
 
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Where `device` is the GPU that launches, events and memory of this thread are of."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def on_its_device(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """A method that runs where `self.device` is the current one, whichever was before: threads have
+    their own, and Triton launches on it."""
+
+    @wraps(method)
+    def there(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:  # noqa: ANN401
+        with current(self.device):
+            return method(self, *args, **kwargs)
+
+    return there
+
+
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:  # noqa: ANN401
     """`kernel[grid]`, to be called with the arguments; see `compile_together`."""
-    if _gathered is None:
+    gathered = _gathered.get()
+    if gathered is None:
         return kernel[grid]  # type: ignore[no-any-return]
-    gathered = _gathered
     return lambda *args, **options: gathered.append(kernel.warmup(*args, grid=grid, **options))
 
 
@@ -39,19 +63,16 @@ def compile_together(function: Callable[[], object], device: torch.device) -> No
 
     In a context of its own, since Triton's mode outlives an exception there, Ctrl-C for one.
     """
-    copy_context().run(_compile_together, function, index_of(device))
+    with current(device):
+        copy_context().run(_compile_together, function, index_of(device))
 
 
 def _compile_together(function: Callable[[], object], device: int) -> None:
-    global _gathered
     gathered: list[Any] = []
+    _gathered.set(gathered)  # in the context that ends with this function
     with ThreadPoolExecutor() as threads:
         with triton.AsyncCompileMode(threads):
-            _gathered = gathered
-            try:
-                function()
-            finally:
-                _gathered = None
+            function()
 
         def load(kernel: Any) -> None:  # noqa: ANN401
             torch.cuda.set_device(device)
@@ -104,9 +125,23 @@ def index_of(device: torch.device) -> int:
 def multiprocessors_and_memory(device: torch.device) -> tuple[int, int]:
     """Of a GPU, and how many bytes of it a program may share; in the interpreter some."""
     if INTERPRETED or device.type != "cuda":
-        return 1, 227 * 1024
+        return 1, _less.get(device, 227 * 1024)
     found = triton.runtime.driver.active.utils.get_device_properties(index_of(device))
-    return found["multiprocessor_count"], found["max_shared_mem"]
+    shared = found["max_shared_mem"]
+    return found["multiprocessor_count"], min(shared, _less.get(device, shared))
+
+
+_less: dict[torch.device, int] = {}  # bytes for a program, where a kernel found too few
+
+
+def use_less(device: torch.device) -> bool:
+    """Have the kernels of whatever is made from now on share half as much memory, for a device that
+    could not load one; False where they are as small as they can be."""
+    shared = multiprocessors_and_memory(device)[1] // 2
+    if shared < LEAST_SHARED:
+        return False
+    _less[device] = shared
+    return True
 
 
 @cache

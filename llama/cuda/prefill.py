@@ -6,13 +6,11 @@ nor how the rows came about. The surprising thing: a tile's rows are not tokens 
 head of one key head), so that grouped heads fill a tile of a short chunk, waste less above the
 diagonal, and read a key once for all of them.
 
-Letters: N rows of the flat batch, H query heads, K key/value heads, G = H/K, E head size, P slots,
-T positions, X tiles.
+Letters: N rows of the flat batch, H query heads, K key/value heads, G = H/K, E head size (padded to
+a power of two in registers), P slots, T positions, X tiles.
 """
 
 # ruff: noqa: ANN001, ANN202 (arguments of kernels have no types in Python)
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,23 +18,23 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.cache import Batch
-from llama.cuda.launch import INTERPRETED, allow, capability, launch, overlap, wait
+from llama.cuda.launch import (
+    INTERPRETED,
+    allow,
+    capability,
+    launch,
+    multiprocessors_and_memory,
+    overlap,
+    wait,
+)
+from llama.cuda.tuning import Tiling, fitted_tiling, power_of_two
 
 LOG2_E = 1.4426950408889634
 
 
-class Tiling(NamedTuple):
-    """How attention is cut: rows and keys of a tile, warps, stages of the pipeline of keys."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-# By head size. LARGE: 16-bit numbers and up to 227 KB of shared memory (compute capability 9.0 and
-# 10.0). EXACT: float32, on plain multiply-add units. SMALL: all the rest, in 99 KB. With two stages
-# the loads of a block would begin only when the block before is done.
+# By head size, padded. LARGE: 16-bit numbers and up to 227 KB of shared memory (compute capability
+# 9.0 and 10.0). EXACT: float32, on plain multiply-add units. SMALL: all the rest, in 99 KB. With
+# two stages the loads of a block would begin only when the block before is done.
 LARGE = {
     16: Tiling(128, 64, 8, 3),
     32: Tiling(128, 64, 8, 3),
@@ -61,11 +59,10 @@ SMALL = {
 
 
 def tiling(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiling:
-    """How attention over heads of this size is cut."""
-    if dtype == torch.float32:
-        return EXACT[head_dim]
-    large = capability(device)[0] in (9, 10)
-    return (LARGE if large else SMALL)[head_dim]
+    """How attention over heads of this size is cut, in what the device has."""
+    kind, (_, shared) = capability(device), multiprocessors_and_memory(device)
+    table = EXACT if dtype == torch.float32 else LARGE if kind[0] in (9, 10) else SMALL
+    return fitted_tiling(table[power_of_two(head_dim)], head_dim, dtype.itemsize, kind, shared)
 
 
 def tile_table(batch: Batch, groups: int, rows: int) -> Tensor | None:
@@ -111,6 +108,7 @@ def _more_keys(  # type: ignore[no-untyped-def]
     scale,
     STRIDE: tl.constexpr,
     E: tl.constexpr,
+    E_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -118,9 +116,12 @@ def _more_keys(  # type: ignore[no-untyped-def]
     """The online softmax (maximum, sum, weighted values) after BLOCK_N keys more, from `first`."""
     top, total, acc = state
     keys = first + tl.arange(0, BLOCK_N)
-    at = keys[:, None] * STRIDE + tl.arange(0, E)[None, :]
+    at = keys[:, None] * STRIDE + tl.arange(0, E_PAD)[None, :]
     there = keys[:, None] < length if MASKED else None
-    key = tl.load(k + at, mask=there, other=0 if MASKED else None)
+    if E_PAD > E:
+        inside = (tl.arange(0, E_PAD) < E)[None, :]
+        there = inside & there if MASKED else inside
+    key = tl.load(k + at, mask=there, other=0 if MASKED or E_PAD > E else None)
     nothing = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
     scores = _dot(queries, tl.trans(key), nothing, WIDE)  # (BLOCK_M, BLOCK_N)
     if MASKED:
@@ -128,7 +129,7 @@ def _more_keys(  # type: ignore[no-untyped-def]
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     weights = tl.math.exp2(scores * scale - new_top[:, None])
     decay = tl.math.exp2(top - new_top)
-    value = tl.load(v + at, mask=there, other=0 if MASKED else None)
+    value = tl.load(v + at, mask=there, other=0 if MASKED or E_PAD > E else None)
     acc = acc * decay[:, None]
     acc = _dot(weights.to(value.dtype), value, acc, WIDE)
     return new_top, total * decay + tl.sum(weights, 1), acc
@@ -148,6 +149,7 @@ def _attend(  # type: ignore[no-untyped-def]
     G: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
+    E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
@@ -160,9 +162,11 @@ def _attend(  # type: ignore[no-untyped-def]
     start, count, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     slot, first = tl.load(tile + 3), tl.load(tile + 4)
     rows = first + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, E)[None, :]
+    columns = tl.arange(0, E_PAD)[None, :]
     before = length - count  # keys of earlier calls
     live = rows[:, None] < count * G
+    if E_PAD > E:
+        live = live & (columns < E)
     row = (start + rows // G).to(tl.int64)[:, None]
     member = (head * G + rows % G)[:, None]
     queries = tl.load(q + row * q_row + member * E + columns, mask=live, other=0)
@@ -170,16 +174,16 @@ def _attend(  # type: ignore[no-untyped-def]
     v += slot.to(tl.int64) * slot_stride + head * E
     sees = before + rows // G  # the last key that a row sees
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    state = (top, tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, E), tl.float32))
+    state = (top, tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, E_PAD), tl.float32))
     whole = (before + first // G + 1) // BLOCK_N * BLOCK_N  # all rows see the keys before it
     end = tl.minimum(length, before + (first + BLOCK_M - 1) // G + 1)
     for key in tl.range(0, whole, BLOCK_N):
         state = _more_keys(
-            state, queries, k, v, key, length, sees, scale, K * E, E, BLOCK_N, WIDE, False
+            state, queries, k, v, key, length, sees, scale, K * E, E, E_PAD, BLOCK_N, WIDE, False
         )
     for key in tl.range(whole, end, BLOCK_N):
         state = _more_keys(
-            state, queries, k, v, key, length, sees, scale, K * E, E, BLOCK_N, WIDE, True
+            state, queries, k, v, key, length, sees, scale, K * E, E, E_PAD, BLOCK_N, WIDE, True
         )
     top, total, acc = state
     result = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -210,7 +214,7 @@ def attend_runs(
     launch(_attend, (len(tiles) * kv_heads,))(
         q, k_layer, v_layer, tiles, out, q.stride(0), out.stride(0), k_layer.stride(0),
         head_dim**-0.5 * LOG2_E, G=heads // kv_heads, K=kv_heads, E=head_dim,
-        BLOCK_M=cut.rows, BLOCK_N=cut.keys, WIDE=INTERPRETED,
+        E_PAD=power_of_two(head_dim), BLOCK_M=cut.rows, BLOCK_N=cut.keys, WIDE=INTERPRETED,
         num_warps=cut.warps, num_stages=cut.stages, **overlap(q.device),
     )  # fmt: skip
     return out

@@ -23,6 +23,7 @@ from llama.cuda.tuning import (
     Blocks,
     Stream,
     Wide,
+    fitted_some_rows,
     some_rows_blocks,
     stream_blocks,
     wide_blocks,
@@ -66,10 +67,15 @@ class Products:
         """What a product gets; of which kernel these are says which kernel it is."""
         (outputs, inputs), kind = weight.shape, kind_of(weight)
         if wide:
-            return wide_blocks(rows, outputs, inputs, kind, self.multiprocessors, gated)
+            return wide_blocks(
+                rows, outputs, inputs, kind, self.multiprocessors, gated, self.shared
+            )
         if rows == 1 and inputs >= LEAST and self._can_stream(weight):
             return self._fitting(weight, stream_blocks(outputs, inputs, kind, self.multiprocessors))
-        return some_rows_blocks(rows, outputs, inputs, kind)
+        some, group = some_rows_blocks(rows, outputs, inputs, kind), source(weight).group
+        return fitted_some_rows(
+            some, kind, group, self.dtype.itemsize, self.capability, self.shared
+        )
 
     def norms(self, rows: int, weight: Weight) -> bool:
         """Whether a product norms its inputs itself, rather than a kernel before it: where each
@@ -87,14 +93,20 @@ class Products:
         return self.dtype.itemsize == 2 and words and read.group in (0, 32, 64, 128)
 
     def _fitting(self, weight: Weight, blocks: Stream) -> Stream:
-        """With fewer stages, then with more programs for a sum, on GPUs that have less memory than
-        the one that was measured."""
+        """With fewer stages, then with more programs for a sum, then smaller, on GPUs that have
+        less memory than the one that was measured."""
         read, inputs = source(weight), weight.shape[1]
         while shared_memory(read, inputs, blocks) > self.shared - 1024:
             if blocks.stages > 2:
                 blocks = blocks._replace(stages=blocks.stages - 1)
-            else:
+            elif turn_of(read, blocks) * blocks.split < min(inputs, 8192 * blocks.split):
                 blocks = blocks._replace(split=2 * blocks.split)
+            elif blocks.runs > 1:
+                blocks = blocks._replace(runs=blocks.runs // 2)
+            elif blocks.block_n > 16:
+                blocks = blocks._replace(block_n=blocks.block_n // 2)
+            else:
+                break
         return blocks
 
     # ---- the product

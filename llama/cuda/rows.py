@@ -5,8 +5,8 @@ once. They know a row's layout and nothing of sequences. The surprising thing: t
 may take the place of what they were made from (`out`), since a program reads all that it needs
 before it writes.
 
-Letters: N rows, D dim, H query heads and K key/value heads, E head size, F hidden size, P slots,
-T positions.
+Letters: N rows, D dim, H query heads and K key/value heads, E head size (padded to a power of two
+in registers), F hidden size, P slots, T positions.
 """
 
 # ruff: noqa: ANN001, ANN202 (arguments of kernels have no types in Python)
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama.cuda.epilogues import arranged_place
 from llama.cuda.launch import allow, launch, overlap, wait
+from llama.cuda.tuning import power_of_two
 
 GATE_BLOCK = 2048  # columns of a row that one program gates
 
@@ -85,7 +86,7 @@ def rms_norm(
     rows, dim = x.shape
     out = torch.empty_like(x) if out is None else out
     assert x.stride(1) == out.stride(1) == weight.stride(0) == 1, (x.stride(), out.stride())
-    block, count = triton.next_power_of_2(dim), 0 if parts is None else len(parts)
+    block, count = power_of_two(dim), 0 if parts is None else len(parts)
     added = x if parts is None else parts
     launch(_rms_norm, (rows,))(
         x, weight, out, added, x.stride(0), out.stride(0), added.stride(0), eps, D=dim, BLOCK=block,
@@ -104,14 +105,18 @@ def _turned(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     E: tl.constexpr,
+    E_PAD: tl.constexpr,
 ):
     """The heads (BLOCK, E) at x, each pair (2i, 2i+1) turned by the angle of (1, E/2) i."""
     heads = tl.arange(0, BLOCK)[:, None]
-    at = heads * E + tl.arange(0, E)[None, :]
-    values = _added(x + at, heads < HEADS, part, PARTS)
-    even, odd = tl.split(tl.reshape(values, (BLOCK, E // 2, 2)))
+    columns = tl.arange(0, E_PAD)[None, :]
+    live = heads < HEADS
+    if E_PAD > E:
+        live = live & (columns < E)
+    values = _added(x + (heads * E + columns), live, part, PARTS)
+    even, odd = tl.split(tl.reshape(values, (BLOCK, E_PAD // 2, 2)))
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-    return tl.reshape(turned, (BLOCK, E))
+    return tl.reshape(turned, (BLOCK, E_PAD))
 
 
 @triton.jit
@@ -130,6 +135,7 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
+    E_PAD: tl.constexpr,
     H_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -137,19 +143,27 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     allow(OVERLAP)
     wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    pairs = tl.arange(0, E // 2)[None, :]
-    c = tl.load(cos + row * (E // 2) + pairs)  # (1, E/2)
-    s = tl.load(sin + row * (E // 2) + pairs)
+    pairs = tl.arange(0, E_PAD // 2)[None, :]
+    turns = None
+    if E_PAD > E:
+        turns = pairs < E // 2
+    c = tl.load(cos + row * (E // 2) + pairs, mask=turns)  # (1, E/2)
+    s = tl.load(sin + row * (E // 2) + pairs, mask=turns)
     x = qkv + row * qkv_row
-    columns = tl.arange(0, E)[None, :]
+    columns = tl.arange(0, E_PAD)[None, :]
     heads = tl.arange(0, H_BLOCK)[:, None]
-    queries = _turned(x, c, s, part, PARTS, H, H_BLOCK, E).to(out.dtype.element_ty)
-    tl.store(out + row * out_row + heads * E + columns, queries, mask=heads < H)
+    queries = _turned(x, c, s, part, PARTS, H, H_BLOCK, E, E_PAD).to(out.dtype.element_ty)
+    live = heads < H
+    if E_PAD > E:
+        live = live & (columns < E)
+    tl.store(out + row * out_row + heads * E + columns, queries, mask=live)
     place = tl.load(places + row)
     kv_heads = tl.arange(0, K_BLOCK)[:, None]
     live = kv_heads < tl.where(place >= 0, K, 0)
+    if E_PAD > E:
+        live = live & (columns < E)
     at = kv_heads * E + columns
-    keys = _turned(x + H * E, c, s, part, PARTS, K, K_BLOCK, E).to(k_cache.dtype.element_ty)
+    keys = _turned(x + H * E, c, s, part, PARTS, K, K_BLOCK, E, E_PAD).to(k_cache.dtype.element_ty)
     tl.store(k_cache + place * (K * E) + at, keys, mask=live)
     values = _added(x + (H + K) * E + at, live, part, PARTS).to(v_cache.dtype.element_ty)
     tl.store(v_cache + place * (K * E) + at, values, mask=live)
@@ -184,12 +198,12 @@ def rotate_and_store(
         assert qkv.dim() == 2, qkv.shape
         out = qkv[:, : heads * head_dim].view(rows, heads, head_dim)
     assert out.stride()[1:] == (head_dim, 1), out.stride()
-    block = triton.next_power_of_2(heads)
+    block, padded = power_of_two(heads), power_of_two(head_dim)
     launch(_rotate_and_store, (rows,))(
         qkv, cos, sin, places, k_layer, v_layer, out, parts.stride(1), out.stride(0),
-        parts.stride(0), PARTS=len(parts), H=heads, K=kv_heads, E=head_dim, H_BLOCK=block,
-        K_BLOCK=triton.next_power_of_2(kv_heads),
-        num_warps=_warps(block * head_dim, len(parts)), **overlap(qkv.device),
+        parts.stride(0), PARTS=len(parts), H=heads, K=kv_heads, E=head_dim, E_PAD=padded,
+        H_BLOCK=block, K_BLOCK=power_of_two(kv_heads), num_warps=_warps(block * padded, len(parts)),
+        **overlap(qkv.device),
     )  # fmt: skip
     return out
 
@@ -222,7 +236,7 @@ def silu_multiply(joined: Tensor, out: Tensor | None = None) -> Tensor:
     rows, hidden = len(joined), joined.shape[1] // 2
     out = joined.new_empty(rows, hidden) if out is None else out
     assert joined.stride(1) == out.stride(1) == 1, (joined.stride(), out.stride())
-    block = min(GATE_BLOCK, triton.next_power_of_2(hidden))
+    block = min(GATE_BLOCK, power_of_two(hidden))
     launch(_silu_multiply, (rows * triton.cdiv(hidden, block),))(
         joined, out, joined.stride(0), out.stride(0),
         F=hidden, BLOCK=block, num_warps=_warps(block), **overlap(joined.device),

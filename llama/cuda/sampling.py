@@ -57,10 +57,15 @@ LEAST_KEY = tl.constexpr(-(2**63))
 
 
 @triton.jit
-def _load(logits, mask, row, ids, stride, VOCAB: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Logits as the model has them, and as they may be chosen from: masked ones are -inf."""
+def _load(  # type: ignore[no-untyped-def]
+    logits, mask, row, ids, stride, VOCAB: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Logits as the model has them, and as they may be chosen from: masked ones are -inf, and those
+    of ids that no token has."""
     raw = tl.load(logits + row.to(tl.int64) * stride + ids, mask=ids < VOCAB, other=-float("inf"))
     open_to = raw
+    if WORDS < VOCAB:
+        open_to = tl.where(ids < WORDS, open_to, -float("inf"))
     if MASKED:
         words = mask + row.to(tl.int64) * ((VOCAB + 31) // 32) + ids // 32
         bit = tl.load(words, mask=ids < VOCAB, other=0) >> (ids % 32) & 1
@@ -148,8 +153,8 @@ def _goal(bins, top_p, RADIX: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["per"])
 def _peaks(  # type: ignore[no-untyped-def]
     logits, stride, mask, temperature, keys, peaks, sums, bins, best, per,
-    VOCAB: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, MAX_PARTS: tl.constexpr,
-    BINS: tl.constexpr, BEST: tl.constexpr, OVERLAP: tl.constexpr,
+    VOCAB: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    MAX_PARTS: tl.constexpr, BINS: tl.constexpr, BEST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Of every part: its greatest logit and id, its softmax sum; scratch is cleared."""
     allow(OVERLAP)
@@ -169,7 +174,7 @@ def _peaks(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
         ids = start + lanes
-        raw, open_to = _load(logits, mask, row, ids, stride, VOCAB, MASKED)
+        raw, open_to = _load(logits, mask, row, ids, stride, VOCAB, WORDS, MASKED)
         key = tl.maximum(key, _key(open_to, ids))
         higher = tl.maximum(peak, tl.max(raw, 0))
         base = tl.where(higher == -float("inf"), 0.0, higher)  # -inf less -inf is NaN
@@ -183,8 +188,8 @@ def _peaks(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["per"])
 def _weigh(  # type: ignore[no-untyped-def]
     logits, stride, mask, temperature, top_p, keys, bins, per,
-    VOCAB: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, MAX_PARTS: tl.constexpr,
-    BINS: tl.constexpr, OVERLAP: tl.constexpr,
+    VOCAB: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    MAX_PARTS: tl.constexpr, BINS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The weights by their first digit.
 
@@ -204,7 +209,7 @@ def _weigh(  # type: ignore[no-untyped-def]
         lumped = tl.zeros([BLOCK], tl.int64)
         for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            _, open_to = _load(logits, mask, row, ids, stride, VOCAB, MASKED)
+            _, open_to = _load(logits, mask, row, ids, stride, VOCAB, WORDS, MASKED)
             _, weights, places = _odds(open_to, peak, heat)
             counts = (places >= 0) & (weights >= tail)
             tl.atomic_add(bins + (places >> SHIFT), weights, mask=counts, sem="relaxed")
@@ -215,8 +220,8 @@ def _weigh(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["per"])
 def _narrow(  # type: ignore[no-untyped-def]
     logits, stride, mask, temperature, top_p, keys, bins, found, per,
-    VOCAB: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, MAX_PARTS: tl.constexpr,
-    BINS: tl.constexpr, OVERLAP: tl.constexpr,
+    VOCAB: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    MAX_PARTS: tl.constexpr, BINS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The threshold's first digit; by their second the weights that share it."""
     allow(OVERLAP)
@@ -233,7 +238,7 @@ def _narrow(  # type: ignore[no-untyped-def]
         first = part * per * BLOCK
         for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            _, open_to = _load(logits, mask, row, ids, stride, VOCAB, MASKED)
+            _, open_to = _load(logits, mask, row, ids, stride, VOCAB, WORDS, MASKED)
             _, weights, places = _odds(open_to, peak, heat)
             second = bins + RADIX + (places >> SHIFT_LOW & (RADIX - 1))
             tl.atomic_add(second, weights, mask=places >> SHIFT == digit, sem="relaxed")
@@ -242,8 +247,8 @@ def _narrow(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["per"])
 def _draw(  # type: ignore[no-untyped-def]
     logits, stride, mask, temperature, top_p, seed, seed_stride, index, keys, bins, best, found,
-    per, VOCAB: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, MAX_PARTS: tl.constexpr,
-    BINS: tl.constexpr, BEST: tl.constexpr, OVERLAP: tl.constexpr,
+    per, VOCAB: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    MAX_PARTS: tl.constexpr, BINS: tl.constexpr, BEST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The threshold's second digit; the best score above it, and by third digit the best at it."""
     allow(OVERLAP)
@@ -264,7 +269,7 @@ def _draw(  # type: ignore[no-untyped-def]
         top = tl.full([BLOCK], LEAST_KEY, tl.int64)
         for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            _, open_to = _load(logits, mask, row, ids, stride, VOCAB, MASKED)
+            _, open_to = _load(logits, mask, row, ids, stride, VOCAB, WORDS, MASKED)
             scaled, weights, places = _odds(open_to, peak, heat)
             high = places >> SHIFT_LOW
             if tl.max(high, 0) >= edge:  # most blocks hold nothing that stays
@@ -280,7 +285,7 @@ def _draw(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["parts"])
 def _pick(  # type: ignore[no-untyped-def]
     logits, stride, temperature, keys, peaks, sums, bins, best, found, ids, logprob, finite, parts,
-    VOCAB: tl.constexpr, MAX_PARTS: tl.constexpr, BINS: tl.constexpr, BEST: tl.constexpr,
+    WORDS: tl.constexpr, MAX_PARTS: tl.constexpr, BINS: tl.constexpr, BEST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The threshold's third digit, the best token that stays, and its log-probability."""
@@ -295,7 +300,7 @@ def _pick(  # type: ignore[no-untyped-def]
         key = tl.max(tl.where(third >= digit, at_edge, LEAST_KEY), 0)
         key = tl.maximum(key, tl.load(best + row * BEST + SURE))
     # A row without a finite logit may have chosen nothing, or past its end.
-    chosen = tl.minimum((key & LAST_ID) ^ LAST_ID, VOCAB - 1)
+    chosen = tl.minimum((key & LAST_ID) ^ LAST_ID, WORDS - 1)
     at = tl.arange(0, MAX_PARTS)
     peak = tl.load(peaks + row * MAX_PARTS + at, mask=at < parts, other=-float("inf"))
     total = tl.load(sums + row * MAX_PARTS + at, mask=at < parts, other=0.0)
@@ -322,9 +327,14 @@ class Sampler:
     logprob: Tensor  # (R,) float32, of the chosen token, as `llama.sampling.logprobs_of` has it
     finite: Tensor  # (R,) int32: 1 where `llama.sampling.finite_rows` says True, otherwise 0
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_rows: int, vocab_size: int, device: torch.device, n_words: int | None = None
+    ) -> None:
+        """Ids from `n_words` on are never chosen."""
         assert 0 < vocab_size <= 2**21, vocab_size  # sums of weights stay below 2**62
         self.max_rows, self.vocab_size = max_rows, vocab_size
+        self.n_words = vocab_size if n_words is None else min(n_words, vocab_size)
+        assert self.n_words > 0, n_words
         self._overlap = overlap(device)
         self._options = {} if INTERPRETED else OPTIONS
 
@@ -371,9 +381,10 @@ class Sampler:
         blocks = triton.cdiv(self.vocab_size, BLOCK)
         per = triton.cdiv(blocks, max(1, min(MAX_PARTS, PROGRAMS // rows)))
         parts = triton.cdiv(blocks, per)
-        shape = {"VOCAB": self.vocab_size, "MAX_PARTS": MAX_PARTS, "BINS": BINS}
-        tiled = {**shape, "BLOCK": BLOCK, "MASKED": masked, **self._overlap, **self._options}
-        whole = {**shape, "BEST": BEST, **self._overlap, **self._options}
+        shape = {"WORDS": self.n_words, "MAX_PARTS": MAX_PARTS, "BINS": BINS}
+        shape |= {**self._overlap, **self._options}
+        tiled = {**shape, "VOCAB": self.vocab_size, "BLOCK": BLOCK, "MASKED": masked}
+        whole = {**shape, "BEST": BEST}
         given = logits, logits.stride(0), self.mask, self.temperature
         sums = self._keys, self._peaks, self._sums
         grid = parts, rows

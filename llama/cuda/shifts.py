@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from llama.cuda.sampling import Sampler
-from llama.sampling import RowParams, SamplingParams, count_tokens, finite_rows, logprobs_of, sample
-
-ROWS = 16  # that are chosen for at a time, which bounds what their V-long rows take
+from llama.sampling import (
+    ROW_TENSORS,
+    SHIFTED_ROWS,
+    RowParams,
+    SamplingParams,
+    count_tokens,
+    finite_rows,
+    logprobs_of,
+    sample,
+)
 
 
 class Shifts:
@@ -28,8 +35,11 @@ class Shifts:
     top_ids: Tensor  # (R, K) int64
     tops: Tensor  # (R, K) float32
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
-        self.shape, self.device = (max_rows, vocab_size), device
+    def __init__(
+        self, max_rows: int, vocab_size: int, device: torch.device, n_words: int | None = None
+    ) -> None:
+        """Ids from `n_words` on are never chosen."""
+        self.shape, self.device, self.n_words = (max_rows, vocab_size), device, n_words
         self.rows: RowParams | None = None
 
     def load(self, rows: Sequence[tuple[SamplingParams, int, Sequence[int]]], padded: int) -> None:
@@ -41,7 +51,7 @@ class Shifts:
             self._allocate()
         assert self.rows is not None
         new = RowParams.from_params(params, seeds, self.device)
-        for name in TENSORS:
+        for name in ROW_TENSORS:
             getattr(self.rows, name)[:padded] = getattr(new, name)
         self.shift[:padded] = 0
         if new.bias is not None:
@@ -75,12 +85,10 @@ class Shifts:
         """Choose for logits (R, V): ids, logprob and finite into `sampler`, `top` alternatives
         into `top_ids` and `tops`. Counts the choice of each row that has a slot."""
         assert self.rows is not None, "load comes first"
-        for start in range(0, len(logits), ROWS):
-            part = slice(start, min(start + ROWS, len(logits)))
-            rows = replace(
-                self.rows, **{n: getattr(self.rows, n)[part] for n in (*TENSORS, "shift")}
-            )
-            ids = sample(logits[part], rows, index[part], self.counts[part])
+        for start in range(0, len(logits), SHIFTED_ROWS):
+            part = slice(start, min(start + SHIFTED_ROWS, len(logits)))
+            rows = self.rows.part(part.start, part.stop, self.shape[1])
+            ids = sample(logits[part], rows, index[part], self.counts[part], self.n_words)
             logprob, top_ids, tops = logprobs_of(logits[part], ids, top)
             sampler.ids[part], sampler.logprob[part] = ids, logprob
             sampler.finite[part] = finite_rows(logits[part]).int()
@@ -90,6 +98,4 @@ class Shifts:
             self.counts[part].scatter_add_(1, ids[:, None], live)
 
 
-TENSORS = ("temperature", "greedy", "min_p", "presence_penalty", "frequency_penalty", "top_p",
-           "top_k", "seed")  # fmt: skip
 FLAGS = ("any_greedy", "any_sampled", "any_top_k", "any_top_p", "any_min_p", "penalised")

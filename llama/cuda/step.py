@@ -14,6 +14,7 @@ vocabulary, S stop ids of a row.
 
 # ruff: noqa: ANN001, ANN202 (arguments of kernels have no types in Python)
 
+import threading
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,15 @@ from triton.language.extra import libdevice
 from llama.cache import KVCache
 from llama.cuda.attention import DecodeAttention
 from llama.cuda.forward import Block, FlatForward
-from llama.cuda.launch import INTERPRETED, allow, compile_together, launch, overlap, wait
+from llama.cuda.launch import (
+    INTERPRETED,
+    allow,
+    compile_together,
+    launch,
+    on_its_device,
+    overlap,
+    wait,
+)
 from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.sampling import Sampler
@@ -41,6 +50,8 @@ from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WORD, SamplingParams
 FLIGHTS = 8  # steps whose results nobody has read
 STOPS = 32  # stop ids of a row that the device knows; the host knows them all
 EXACT = tl.constexpr(not INTERPRETED)  # the interpreter has no libdevice
+
+CAPTURING = threading.Lock()  # a capture begins by waiting for the GPU, which breaks any other one
 
 
 @triton.jit
@@ -172,9 +183,16 @@ class CapturedStep:
     steps; of one that ends otherwise `load` must be told.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, max_rows: int) -> None:
-        args, device = model.params, model.norm.weight.device
-        self.cache, self.device, self.max_rows = cache, device, max_rows
+    def __init__(
+        self, model: Transformer, cache: KVCache, max_rows: int, n_words: int | None = None
+    ) -> None:
+        """Ids from `n_words` on, of rows that no token has, are never chosen."""
+        self.cache, self.device, self.max_rows = cache, model.norm.weight.device, max_rows
+        self._prepare(model, n_words)
+
+    @on_its_device
+    def _prepare(self, model: Transformer, n_words: int | None) -> None:
+        args, device, max_rows = model.params, self.device, self.max_rows
         heads, kv_heads = args.n_heads, args.n_kv_heads
         self.attend = DecodeAttention(max_rows, heads, kv_heads, args.head_dim, device)
         self.forward = FlatForward(model, self.attend)
@@ -186,8 +204,8 @@ class CapturedStep:
         ]
         self._reserve()
         self.scratch = Scratch(self.forward, max_rows)
-        self.sampler = Sampler(max_rows, args.vocab_size, device)
-        self.shifts = Shifts(max_rows, args.vocab_size, device)
+        self.sampler = Sampler(max_rows, args.vocab_size, device, n_words)
+        self.shifts = Shifts(max_rows, args.vocab_size, device, n_words)
         self.state = torch.zeros(10 + STOPS, max_rows, dtype=torch.int64, device=device)
         (self.tokens, self.positions, self.slots, self.lengths, self.index, self.limits) = (
             self.state[:6]
@@ -197,6 +215,7 @@ class CapturedStep:
         self.stops = self.state[10:]  # (S, R)
         # in the memory of the host, where a step writes by itself: a copy would hold up the next
         pinned = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
         self.results = torch.zeros(FLIGHTS, max_rows, 3, dtype=torch.int32, pin_memory=pinned)
         self.launched = 0
         self.overlap = overlap(device)
@@ -211,16 +230,18 @@ class CapturedStep:
 
     # ---- the face
 
+    @on_its_device
     def load(self, rows: Sequence[Row], masked: bool = False) -> None:
         """Make `rows` those of the following steps. Nothing may be in flight. `masked`: tokens are
         chosen among those that `sampler.mask` allows each row, which may change between steps; for
         rows that are lean."""
         assert not self.flight, len(self.flight)
         assert 0 < len(rows) <= self.max_rows, (len(rows), self.max_rows)
+        self.keys = max(row.position for row in rows) + 1
+        assert self.keys <= self.cache.max_seq_len, (self.keys, self.cache.max_seq_len)
         self.rows = min(self.max_rows, power_of_two(len(rows)))
         assert not masked or all(row.lean for row in rows), "a mask is for lean rows"
         self.masked = masked
-        self.keys = max(row.position for row in rows) + 1
         self.knows_stops = all(len(row.stops) <= STOPS for row in rows)
         columns = [
             [r.token, r.position, r.slot, r.position + 1, len(r.generated), r.limit, r.seed & WORD,
@@ -244,6 +265,7 @@ class CapturedStep:
             self.shifts.load([(r.params, r.seed, r.generated) for r in rows], self.rows)
         self.greedy = self.top is None and not any(heat)
 
+    @on_its_device
     def launch(self) -> None:
         """Run one step; it is in flight until it is read."""
         assert len(self.flight) < FLIGHTS, len(self.flight)
@@ -253,7 +275,8 @@ class CapturedStep:
             self._step(key)
         else:
             if key not in self.graphs:
-                self._capture(key)
+                with CAPTURING:
+                    self._capture(key)
             self.graphs[key].replay()
         results = self.results[self.launched % FLIGHTS, : self.rows]
         self.launched += 1
@@ -271,6 +294,7 @@ class CapturedStep:
             tops = [t.clone() for t in tops]
         self.flight.append((results, tops, done))
 
+    @on_its_device
     def read(self) -> list[Outcome]:
         """What the oldest step in flight brought, a row each; waits for that step alone."""
         results, alternatives, done = self.flight[0]
@@ -327,7 +351,7 @@ class CapturedStep:
 
     def _capture(self, key: Key) -> None:
         """Record the graph of a step. What it needs is compiled and allocated before that by runs
-        in which no row has a slot."""
+        in which no row has a slot. Other threads may run steps meanwhile, and capture none."""
         kept = self.state.clone()
         self.slots[: key.rows] = -1
         self.lengths[: key.rows] = 0
@@ -336,7 +360,9 @@ class CapturedStep:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(
+            graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
             self._step(key)
         self.state.copy_(kept)
         self.graphs[key] = graph

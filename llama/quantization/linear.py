@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from llama.checkpoint.packed import Packed
 from llama.parallel import (
-    ColumnParallelLinear,
+    ColumnParallelOutput,
+    OutputLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    float32_product,
     gathered,
     summed,
 )
@@ -70,18 +72,30 @@ class QuantizedLinear(_Holder):
 
     def product(self, x: Tensor) -> Tensor:
         """What this rank's part of the matrix makes of x."""
+        if _torchs_own(self.packed, x):
+            return int8_product(x, self.packed)
+        return self._by_blocks(x, F.linear)
+
+    def _by_blocks(self, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         packed = self.packed
         rows, columns = packed.shape
-        if _torchs_own(packed, x):
-            return int8_product(x, packed)
         step = max(1, _BLOCK.get(x.device.type, _LARGE_BLOCK) // columns)
         if step >= rows:
-            return F.linear(x, packed.unpack(x.dtype))
+            return multiply(x, packed.unpack(x.dtype))
         parts = [
-            F.linear(x, packed.rows(low, low + step).unpack(x.dtype))
+            multiply(x, packed.rows(low, low + step).unpack(x.dtype))
             for low in range(0, rows, step)
         ]
         return torch.cat(parts, -1)
+
+
+class QuantizedOutput(QuantizedLinear):
+    """The layer that makes logits, which are float32 from the product on."""
+
+    def product(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and self.weight.dtype == torch.int8:
+            return float32_product(x, self.weight) * self.scale  # torch's own rounds to x.dtype
+        return self._by_blocks(x, float32_product)
 
 
 def _torchs_own(packed: Packed, x: Tensor) -> bool:
@@ -137,9 +151,8 @@ def quantized(layer: nn.Module, packed: Packed, dtype: torch.dtype) -> nn.Module
         return QuantizedEmbedding(packed, dtype, layer.vocab_start_index, shared=True)
     if isinstance(layer, nn.Embedding):
         return QuantizedEmbedding(packed, dtype)
-    finish = None
-    if isinstance(layer, RowParallelLinear):
-        finish = summed
-    elif isinstance(layer, ColumnParallelLinear) and layer.gather_output:
-        finish = gathered
-    return QuantizedLinear(packed, dtype, finish)
+    if isinstance(layer, OutputLinear):
+        return QuantizedOutput(packed, dtype)
+    if isinstance(layer, ColumnParallelOutput):
+        return QuantizedOutput(packed, dtype, gathered)
+    return QuantizedLinear(packed, dtype, summed if isinstance(layer, RowParallelLinear) else None)

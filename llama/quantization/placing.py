@@ -6,6 +6,7 @@ and then keeps its part. Scales are those of the full matrix, so the values are 
 number of ranks.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -22,6 +23,8 @@ from llama.parallel import Ranks
 from llama.quantization.formats import quantize
 from llama.quantization.linear import quantized
 from llama.quantization.recipe import check_ranks
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 2**26  # numbers of stored ones that are copied at a time
 
@@ -42,6 +45,13 @@ def load(
     """
     wanted = dict(checkpoint.formats if formats is None else formats)
     check_ranks(wanted, checkpoint.args, ranks.size)
+    if wanted and ranks.size > 1 and ranks.is_main:
+        logger.warning(
+            "quantized weights on %d ranks run without kernels: every product unpacks them, which "
+            "on a GPU moves about ten times the bytes of bfloat16; it is faster without "
+            "quantization, or on one GPU",
+            ranks.size,
+        )
     place = _Placer(checkpoint, wanted, ranks, torch.device(device), dtype or checkpoint.dtype)
     return load_plain(
         checkpoint,

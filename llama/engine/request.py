@@ -1,0 +1,135 @@
+"""A request, what a step chose for it, and what its owner is told.
+
+Plain Python, no tensor. The surprising thing: a request changes by single appends and assignments,
+each of which is one operation of the interpreter. So another thread may cancel it and a Ctrl-C may
+fall between any two lines, and what is there is always a request that can go on. Events are not
+kept: they are read off the request, as often as somebody asks.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import index
+from typing import Any, NamedTuple
+
+from llama.sampling import SamplingParams
+
+Alternatives = list[tuple[int, float]]  # (id, logprob), the most probable first
+
+
+class Choice(NamedTuple):
+    """A step's result for one request, on the host."""
+
+    token: int
+    logprob: float  # the model's own, before temperature and filters
+    top: Alternatives
+    finite: bool = True  # whether the logits were numbers
+
+
+class Event(NamedTuple):
+    """What became of a request: a token, its end, or both."""
+
+    request: "Request"
+    token: int | None  # at finish_reason "stop" the token that stopped it, which is no output
+    logprob: float | None = None  # of the token, by the model itself
+    top_logprobs: Alternatives | None = None  # as many as params.logprobs asks for
+    finish_reason: str | None = None  # "stop", "length", "error", or what cancel was given
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and what has become of it. Read it; only the engine writes.
+
+    It waits while `slot` is -1. `error` is set where finish_reason is "error".
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    limit: int  # tokens it may generate
+    number: int = 0  # in the order of arrival
+    choices: list[Choice] = field(default_factory=list)  # one for each token of the answer
+    prompt_logprobs: list[float] = field(default_factory=list)  # the first token's is 0.0
+    prompt_top_logprobs: list[Alternatives] = field(default_factory=list)  # the first has none
+    slot: int = -1
+    cached: int = 0  # how many of prompt + tokens have their keys in the slot
+    sound: int = 0  # how many of these are known to be finite numbers
+    reused: int = 0  # how many there were when it came, of an earlier request
+    share: int | None = None  # most tokens of its prompt in a step, once memory ran out
+    stop: Choice | None = None  # the stop token that ended it
+    error: Exception | None = None
+    ends: list[str] = field(default_factory=list)  # what ended it; the first counts
+
+    @property
+    def tokens(self) -> list[int]:
+        """The answer so far, without a stop token."""
+        return [choice.token for choice in self.choices]
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop", "length", "error", what cancel was given, or None while it goes on."""
+        if self.ends:
+            return self.ends[0]
+        full = len(self.choices) >= self.limit and (self.limit or not self.pending)
+        return "length" if full else None
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys are not in the slot yet: one while decoding, more in the prompt."""
+        return len(self.prompt) + len(self.choices) - self.cached
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all it needs from a step is the token that follows its last one."""
+        if self.pending != 1 or not self.limit:
+            return False
+        return bool(self.choices) or self.params.prompt_logprobs is None
+
+    def following(self, count: int) -> list[int]:
+        """The first `count` of the pending tokens."""
+        if self.choices and self.pending == 1:
+            return [self.choices[-1].token]
+        return (self.prompt + self.tokens)[self.cached : self.cached + count]
+
+    def news(self, seen: int) -> list[Event]:
+        """Its events after the first `seen` tokens, the end among them once there is one."""
+        reason = self.finish_reason  # asked first: what has ended brings no more tokens
+        asked = self.params.logprobs
+        events = [
+            Event(self, token, logprob, None if asked is None else top[:asked])
+            for token, logprob, top, _ in self.choices[seen:]
+        ]
+        if reason == "length" and events:
+            events[-1] = events[-1]._replace(finish_reason=reason)
+        elif reason == "stop" and self.stop is not None:
+            token, logprob, top, _ = self.stop
+            events.append(
+                Event(self, token, logprob, None if asked is None else top[:asked], reason)
+            )
+        elif reason is not None:
+            events.append(Event(self, None, finish_reason=reason))
+        return events
+
+
+def token_ids(prompt: Any) -> list[int]:  # noqa: ANN401 (whatever somebody passes)
+    """A prompt as a list of ints: of ints, of integers of numpy or torch, or an array of them.
+
+    Raises ValueError, naming it, for anything else; nothing is rounded.
+    """
+    if isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable):
+        raise ValueError(f"the prompt is {prompt!r:.80}; it must be a list of token ids")
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    if not isinstance(ids, list):
+        raise ValueError(f"the prompt is {prompt!r:.80}; it must be a list of token ids")
+    if set(map(type, ids)) <= {int}:
+        return ids
+    out = []
+    for token in ids:
+        try:
+            if isinstance(token, bool):
+                raise TypeError
+            out.append(index(token))
+        except TypeError:
+            raise ValueError(
+                f"the prompt has {token!r:.80} in it; token ids are whole numbers (int)"
+            ) from None
+    return out
