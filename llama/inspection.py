@@ -63,7 +63,10 @@ def tokenizer_alone(ckpt_dir: str, tokenizer_path: str | None = None) -> TextTok
         if found is not None:
             return found
         raise FileNotFoundError(f"no tokenizer in {ckpt_dir}; give tokenizer_path")
-    for name in ("tokenizer.model", "original/tokenizer.model", "tokenizer.json"):
+    names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
+    if any(Path(ckpt_dir).glob("consolidated.*.pth")):
+        names = [*names[1:], names[0]]
+    for name in names:
         if (Path(ckpt_dir) / name).is_file():
             return open_tokenizer(Path(ckpt_dir) / name)
     raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")

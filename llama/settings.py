@@ -40,10 +40,17 @@ def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs, path: object) ->
     A model may have more rows than its tokenizer has tokens, since none of them is ever chosen: a
     few, or as many as `spare_rows` says where they, or all rows, are a multiple of 8. A file of
     ranks that was cut short leaves any number, and other ids to the special tokens behind them.
+    Where the files say which special token has which id, there may be any number of rows more; and
+    the tokenizer may have added words without a row, which then cannot be used.
     """
     words, spare = tokenizer.n_words, args.vocab_size - tokenizer.n_words
     padded = spare % 8 == 0 or args.vocab_size % 8 == 0
-    if not 0 <= spare <= (spare_rows(words) if padded else min(FEW_ROWS, words // 64)):
+    most = spare_rows(words) if padded else min(FEW_ROWS, words // 64)
+    over = {*range(args.vocab_size, words)}
+    if tokenizer.stated:
+        most = max(16384, words)
+        over -= {word.id for word in tokenizer.added}
+    if over or spare > most:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.n_words} tokens and the model "
             f"{args.vocab_size}: they belong to different models"
