@@ -161,3 +161,53 @@ def test_free_memory_is_shared_and_bounded_by_control_groups(tmp_path, monkeypat
     assert plan_module._cgroup_left(tmp_path, *names) == 2**62
     (tmp_path / "memory.max").write_text("1000\n")
     assert plan_module._cgroup_left(tmp_path, *names) == 500
+
+
+def without_linux(monkeypatch):
+    """A Python as on Windows: no sysconf, and no files of the system."""
+    real = Path.read_text
+
+    def read_text(self, *args, **kwargs):
+        if str(self).startswith(("/proc", "/sys")):
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    for name in ("sysconf", "sysconf_names", "sched_getaffinity", "tcgetpgrp", "get_terminal_size"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
+    monkeypatch.delattr(signal, "SIGALRM", raising=False)
+
+
+def test_without_sysconf_and_proc_everything_fits_and_runs(monkeypatch, tmp_path, capsys):
+    demo = Path(plan_module.__file__).parents[1] / "demo"
+    without_linux(monkeypatch)
+    assert plan_module.free_memory("cpu") == host.UNKNOWN
+    llama = Llama.build(demo, device="cpu", max_seq_len=64)
+    assert llama.text_completion(["The"], 0, max_gen_len=2)[0]["generation"]
+    assert (limits.process_age(), limits.memory_in_use(torch.device("cpu"))) == (None, None)
+    assert find_problems(demo) == []
+    assert "not known" in inspect(str(demo), 1, None, None, 1, None)["main memory"]
+
+
+def test_windows_is_asked_for_what_is_available(monkeypatch):
+    without_linux(monkeypatch)
+
+    class Kernel:
+        @staticmethod
+        def GlobalMemoryStatusEx(pointer):
+            assert pointer._obj.length == 64
+            pointer._obj.available = 3 * GIB
+            return 1
+
+    windll = types.SimpleNamespace(kernel32=Kernel)
+    monkeypatch.setattr(host.ctypes, "windll", windll, raising=False)
+    assert plan_module.free_memory("cpu", 3) == GIB
+
+
+def test_a_system_that_says_only_how_much_there_is(monkeypatch):
+    without_linux(monkeypatch)
+    monkeypatch.setattr(os, "sysconf_names", {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 2}, raising=False)
+    sizes = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__, raising=False)
+    assert plan_module.free_memory("cpu") == 4096000

@@ -71,6 +71,8 @@ def new_folder(dst: str | Path, size: int) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        if dst.is_dir():
+            dst.rmdir()  # empty; Windows renames onto no folder
         part.rename(dst)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
