@@ -2,15 +2,22 @@
 
 import dataclasses
 import logging
+import os
 import re
+import signal
+import time
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
+from llama import Llama, limits
 from llama.checkpoint import (
     check,
     check_memory,
     free_memory,
+    host,
     load,
     make_plan,
     open_checkpoint,
@@ -18,8 +25,10 @@ from llama.checkpoint import (
     write_meta,
 )
 from llama.checkpoint import plan as plan_module
+from llama.inspection import inspect
 from llama.model import ModelArgs
 from llama.parallel import ONE, Ranks
+from llama.verify import verify as find_problems
 
 GIB = 2**30
 EIGHT_B = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256,
@@ -179,7 +188,7 @@ def without_linux(monkeypatch):
     monkeypatch.delattr(signal, "SIGALRM", raising=False)
 
 
-def test_without_sysconf_and_proc_everything_fits_and_runs(monkeypatch, tmp_path, capsys):
+def test_without_sysconf_and_proc_everything_fits_and_runs(monkeypatch):
     demo = Path(plan_module.__file__).parents[1] / "demo"
     without_linux(monkeypatch)
     assert plan_module.free_memory("cpu") == host.UNKNOWN
@@ -187,7 +196,7 @@ def test_without_sysconf_and_proc_everything_fits_and_runs(monkeypatch, tmp_path
     assert llama.text_completion(["The"], 0, max_gen_len=2)[0]["generation"]
     assert (limits.process_age(), limits.memory_in_use(torch.device("cpu"))) == (None, None)
     assert find_problems(demo) == []
-    assert "not known" in inspect(str(demo), 1, None, None, 1, None)["main memory"]
+    assert "not known" in inspect(str(demo), 1, None, None, 1, None).rows["main memory"]
 
 
 def test_windows_is_asked_for_what_is_available(monkeypatch):

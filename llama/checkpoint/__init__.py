@@ -145,14 +145,16 @@ def load(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     place: Place | None = None,
+    keep_mapped: bool = True,
     show_progress: bool = False,
 ) -> Transformer:
     """The model of this rank on `device`, its weights in `dtype` (None: the checkpoint's own).
 
     `place` may put other layers in the place of some, as quantization does; what it leaves becomes
-    plain parameters, also what is stored packed. Never holds much more than the weights themselves:
-    parts are copied from where they lie to where they stay. Raises ValueError where the model
-    cannot be cut into `ranks`.
+    plain parameters, also what is stored packed. Without `keep_mapped` these are copied where they
+    could be the mapped file, which one norm would keep in memory whole. Never holds much more than
+    the weights themselves: parts are copied from where they lie to where they stay. Raises
+    ValueError where the model cannot be cut into `ranks`.
     """
     device = torch.device(device)
     wanted = _wanted_dtype(checkpoint, device, dtype)
@@ -169,7 +171,10 @@ def load(
             held = [name for name in group if name in checkpoint.tensors]  # tied: no output
             if not held or (place is not None and place(model, held, copier.advance)):
                 continue
-            placed = _place(checkpoint, held, ranks, device, wanted, copier)
+            views = mapped_parts(checkpoint, held, ranks, device, wanted) if keep_mapped else None
+            placed = views or _copied(checkpoint, held, ranks, device, wanted, copier)
+            if views is not None:
+                copier.advance(sum(view.nbytes for view in views))
             for name, tensor in zip(held, placed, strict=True):
                 module = model.get_submodule(name.removesuffix(".weight"))
                 module.weight = nn.Parameter(tensor, requires_grad=False)
@@ -208,7 +213,7 @@ def _wanted_dtype(
     return wanted
 
 
-def _place(
+def _copied(
     checkpoint: Checkpoint,
     names: Sequence[str],
     ranks: Ranks,
@@ -216,11 +221,7 @@ def _place(
     dtype: torch.dtype,
     copier: "Stager | _Copier",
 ) -> list[Tensor]:
-    """This rank's parts of tensors that belong together: mapped, or views of one new storage."""
-    views = mapped_parts(checkpoint, names, ranks, device, dtype)
-    if views is not None:
-        copier.advance(sum(view.nbytes for view in views))
-        return views
+    """This rank's parts of tensors that belong together, as views of one new storage."""
     sizes = [local_shape(name, checkpoint.args, ranks.size) for name in names]
     rows = [size[0] for size in sizes]
     make_room(device)

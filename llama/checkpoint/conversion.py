@@ -62,7 +62,14 @@ def convert(
             show_progress=show_progress,
         )
     else:
-        write_hf(checkpoint, dst, dtype=dtype, tokenizer=tokenizer, show_progress=show_progress)
+        write_hf(
+            checkpoint,
+            dst,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            with_checklist=True,
+            show_progress=show_progress,
+        )
 
 
 def _say_what_is_left_out(checkpoint: Checkpoint, tokenizer: TextTokenizer | None) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from llama.checkpoint.hf import INDEX, SINGLE, Reordered, hf_name, rotary_heads
 from llama.checkpoint.hf_config import config_of
+from llama.checkpoint.resharding import checklist
 from llama.checkpoint.safetensors import write_file
 from llama.checkpoint.source import Checkpoint, LazyTensor
 from llama.llama2 import SentencePieceTokenizer
@@ -22,6 +23,7 @@ from llama.templates import LLAMA3_TEMPLATE
 from llama.tokenizer import TextTokenizer, Tokenizer
 from llama.tokenizer_json import tokenizer_json
 
+CHECKLIST = "checklist.chk"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -32,12 +34,14 @@ def write_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: TextTokenizer | None = None,
+    with_checklist: bool = False,
     show_progress: bool = False,
 ) -> None:
     """Write a checkpoint, in `dtype` (None: its own), and its tokenizer as a Hugging Face folder.
 
     More than `max_shard_bytes` are cut into several files between tensors. Without `tokenizer` the
-    folder has none; SentencePiece's is written as tokenizer.model. Raises FileExistsError where the
+    folder has none; SentencePiece's is written as tokenizer.model. `with_checklist` adds
+    checklist.chk, by which `verify` knows the files. Raises FileExistsError where the
     folder holds weights already, and ValueError for a dtype that is not one of weights, or a
     tokenizer that has no file here.
     """
@@ -59,7 +63,7 @@ def write_hf(
         texts = {INDEX: _index(files, tensors, wanted.itemsize), **texts}
     total = sum(prod(tensor.shape) for tensor in tensors.values()) * wanted.itemsize
     with progress("writing weights", total, unit="B", enabled=show_progress) as advance:
-        _write_all(out, files, texts, wanted, advance)
+        _write_all(out, files, texts, wanted, advance, with_checklist)
 
 
 def _in_their_order(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
@@ -149,9 +153,11 @@ def _write_all(
     texts: Mapping[str, dict[str, Any] | bytes],
     dtype: torch.dtype,
     advance: Callable[[int], object],
+    with_checklist: bool,
 ) -> None:
     """Every file under a temporary name, then all renamed, config.json last; or none is left."""
-    parts = {name: out / f"{name}.part" for name in (*files, *texts)}
+    listed = {name: out / f"{name}.part" for name in (*files, *texts)}
+    parts = ({CHECKLIST: out / f"{CHECKLIST}.part"} if with_checklist else {}) | listed
     try:
         for name, held in files.items():
             write_file(parts[name], held, dtype, advance)
@@ -163,6 +169,9 @@ def _write_all(
                 text, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2
             )
             parts[name].write_text(said + "\n", encoding="utf-8")
+        if with_checklist:
+            sums = checklist(dict(sorted(listed.items())), lambda size: None)
+            parts[CHECKLIST].write_text(sums, encoding="ascii")
         for name, part in parts.items():
             part.replace(out / name)
     finally:

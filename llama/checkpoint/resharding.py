@@ -8,7 +8,7 @@ is whole, so a run that was interrupted can never be taken for one that was not.
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -93,13 +93,19 @@ def _beside(dst: Path) -> Path:
 
 
 def write_checklist(folder: Path, advance: Callable[[int], object]) -> None:
-    """checklist.chk in the format of md5sum, as Meta's downloads have it."""
+    """checklist.chk of the files of a folder."""
+    text = checklist({file.name: file for file in sorted(folder.iterdir())}, advance)
+    (folder / "checklist.chk").write_text(text, encoding="ascii")
+
+
+def checklist(files: Mapping[str, Path], advance: Callable[[int], object]) -> str:
+    """Files by their names in the format of md5sum, as Meta's downloads have it."""
     lines = []
-    for file in sorted(folder.iterdir()):
+    for name, file in files.items():
         digest = hashlib.md5(usedforsecurity=False)
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 digest.update(block)
                 advance(len(block))
-        lines.append(f"{digest.hexdigest()}  {file.name}\n")
-    (folder / "checklist.chk").write_text("".join(lines), encoding="ascii")
+        lines.append(f"{digest.hexdigest()}  {name}\n")
+    return "".join(lines)
