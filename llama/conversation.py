@@ -15,6 +15,13 @@ from typing import Any
 from llama.tokenizer import ChatFormat, DialogFormat, Message
 
 
+def _without_ids(message: Any) -> Any:  # noqa: ANN401
+    """A message as it was said, without the ids that `save` wrote."""
+    if not isinstance(message, Mapping):
+        return message
+    return {key: value for key, value in message.items() if key != "ids"}
+
+
 @dataclass
 class Turn:
     """A message of the user, as ids from its header to its end, and the ids that answered it."""
@@ -35,13 +42,13 @@ class Conversation:
 
     def set_system(self, text: str | None) -> None:
         self.system = text
-        self._start = [self.formatter.tokenizer.bos_id]
+        self._start = [*self.formatter.tokenizer.prefix]
         if text is None:
             return
         if isinstance(self.formatter, ChatFormat):
             self._start += self.formatter.encode_message({"role": "system", "content": text})
         else:
-            self._start += self.formatter.tokenizer.encode(text, bos=False, eos=False)
+            self._start += self.formatter.encode_content(text)
 
     @property
     def system_tokens(self) -> int:
@@ -148,7 +155,7 @@ class Conversation:
     def _parse(self, messages: Sequence[Any]) -> "Conversation":
         out = Conversation(self.formatter)
         if messages:
-            self.formatter.encode_dialog_prompt(messages)  # its errors name the message
+            self.formatter.encode_dialog_prompt([_without_ids(each) for each in messages])  # its errors name the message
         if messages and messages[0]["role"] == "system":
             out.set_system(messages[0]["content"])
             messages = messages[1:]
@@ -173,4 +180,4 @@ class Conversation:
 
         if isinstance(ids, list) and all(map(usable, ids)) and tokenizer.decode(ids) == text:
             return ids
-        return tokenizer.encode(text.strip(), bos=False, eos=False)
+        return self.formatter.encode_content(text.strip())

@@ -105,7 +105,8 @@ class Llama:
             raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
         args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
         check_vocabulary(tokenizer, args, tokenizer_path or checkpoint.tokenizer_path or ckpt_dir)
-        formatter = choose_format(tokenizer, checkpoint.chat_template)
+        tokenizer.limit(args.vocab_size)
+        formatter = choose_format(tokenizer, checkpoint.chat_template, checkpoint.stop_token_ids)
         checkpoint = replace(checkpoint, args=args)
         kind = as_dtype(dtype) or checkpoint.dtype
         formats = checkpoint.formats if quantize is None else formats_of(quantize, args)
@@ -318,7 +319,8 @@ class Llama:
             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
             max_tokens=_checked(max_gen_len) or None,
         )  # fmt: skip
-        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        ends = bool(self.tokenizer.suffix)
+        ids = [self.tokenizer.encode(prompt, bos=True, eos=ends) for prompt in prompts]
         return self.stream(ids, base, seed=seed, stop=stop, logprobs=logprobs, echo=echo)
 
     def stream_chat_completion(

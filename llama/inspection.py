@@ -71,7 +71,9 @@ def tokenizer_alone(ckpt_dir: str, tokenizer_path: str | None = None) -> TextTok
     if tokenizer_path is not None:
         return open_tokenizer(tokenizer_path)
     path = Path(ckpt_dir)
-    names = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+    names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
+    if any(path.glob("consolidated.*.pth")):
+        names = [*names[1:], names[0]]
     if path.is_file():
         inside = is_gguf(path)
     else:

@@ -9,27 +9,26 @@ whoever decodes the continuation of a text must say so, or loses the space betwe
 """
 
 import os
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from llama.added import AddedToken
+from llama.pieces import PieceText
 from llama.ranks import is_sentencepiece, read_bytes
 from llama.tokenizer import (
     ChatFormat,
     Dialog,
     DialogFormat,
-    IncrementalDecoder,
     TextTokenizer,
     Tokenizer,
     Version,
     check_dialog,
-    check_encode,
     check_id,
+    control_words,
+    has_more,
 )
-from llama.tokenizer_json import read_tokenizer_json
+from llama.tokenizer_folder import BESIDE, read_folder
 
 # Text that has one of these could forge a turn, for the format writes them as plain text.
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -43,83 +42,39 @@ class RefusedDialog(ValueError):
 def open_tokenizer(path: str | os.PathLike[str], *, version: Version = "3") -> TextTokenizer:
     """The tokenizer in a file of any kind; `version` is for Llama 3's ranks, see `Tokenizer`.
 
-    Raises FileNotFoundError, or ValueError naming the file, where it is of no kind that is read.
+    In a Hugging Face folder, what the files beside it add holds as well. Raises FileNotFoundError,
+    or ValueError naming the file, where it is of no kind that is read.
     """
-    if os.fspath(path).endswith(".json"):
-        return read_tokenizer_json(Path(path))
-    data = read_bytes(os.fspath(path))
+    name = os.fspath(path)
+    if name.endswith(".json") or "://" not in name:
+        files = tokenizer_files(Path(name))
+        if len(files) > 1 or files[0].suffix == ".json":
+            return read_folder(files[0], version)
+    data = read_bytes(name)
     if is_sentencepiece(data):
         return SentencePieceTokenizer(path, data=data)
     return Tokenizer(path, version=version)
 
 
-def chat_format(tokenizer: TextTokenizer) -> DialogFormat:
-    """The chat format of the models that have this tokenizer."""
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files that say what a tokenizer does: the one at `path`, and in a Hugging Face folder
+    those beside it. The first holds the vocabulary: tokenizer.json where there is one, for it is
+    what transformers reads.
+    """
+    folder = path.parent
+    if not path.is_file() or any(folder.glob("consolidated.*.pth")):
+        return [path]
+    whole = folder / "tokenizer.json"
+    beside = [file for file in map(folder.joinpath, BESIDE) if file.is_file()]
+    return [whole if path.name == "tokenizer.model" and whole.is_file() else path, *beside]
+
+
+def chat_format(tokenizer: TextTokenizer, template: DialogFormat | None = None) -> DialogFormat:
+    """The chat format of the models that have this tokenizer; `template` is for messages with more
+    than text, where the model has one that otherwise says the same."""
     if isinstance(tokenizer, Tokenizer):
-        return ChatFormat(tokenizer)
-    return Llama2ChatFormat(tokenizer)
-
-
-class PieceText(ABC):
-    """Text to ids and back as SentencePiece has it, whoever cuts plain text into pieces."""
-
-    n_words: int
-    bos_id: int
-    eos_id: int
-    pad_id: int = -1
-    stop_tokens: set[int]
-    special_tokens: dict[str, int]
-
-    def encode(
-        self,
-        s: str,
-        *,
-        bos: bool,
-        eos: bool,
-        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
-        disallowed_special: Literal["all"] | Collection[str] = (),
-    ) -> list[int]:
-        """Ids of `s`, with bos_id before and eos_id after it where asked for.
-
-        Names of special tokens as in `Tokenizer.encode`. What follows a special token begins with
-        SentencePiece's space, as a text does.
-        """
-        allowed = check_encode(s, self.special_tokens, allowed_special, disallowed_special)
-        every = set(self.special_tokens) - allowed if disallowed_special == "all" else ()
-        for name in every or set(disallowed_special) - {"all"}:
-            if name in s:
-                raise ValueError(f"the text has the special token {name!r}, which is disallowed")
-        ids = [self.bos_id] if bos else []
-        names = one_of(allowed)
-        for part in re.split(f"({names.pattern})", s) if names else [s]:
-            if part in allowed:
-                ids.append(self.special_tokens[part])
-            elif part:  # halves of a pair of surrogates become one character, lone ones U+FFFD
-                whole = part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                ids += self._text(whole)
-        if eos:
-            ids.append(self.eos_id)
-        return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, without the space before it; invalid UTF-8 as U+FFFD.
-
-        Raises ValueError for an id outside 0 .. n_words - 1, pad_id among them.
-        """
-        decoder = IncrementalDecoder(self)
-        return "".join([*map(decoder.push, ids), decoder.flush()])
-
-    @abstractmethod
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for inside a text."""
-
-    @abstractmethod
-    def first_bytes(self, token: int) -> bytes:
-        """The bytes of an id that begins a text: without the space that a piece may begin with."""
-
-    @abstractmethod
-    def _text(self, text: str) -> list[int]:
-        """Ids of text without special tokens."""
+        return ChatFormat(tokenizer, template)
+    return Llama2ChatFormat(tokenizer, template)
 
 
 class SentencePieceTokenizer(PieceText):
@@ -137,24 +92,29 @@ class SentencePieceTokenizer(PieceText):
         """
         path = os.fspath(model_path)
         self.model = _load(read_bytes(path) if data is None else data, path)
-        self.n_words = self.model.vocab_size()
+        n_words = self.model.vocab_size()
         self.bos_id = self.model.bos_id()
         self.eos_id = self.model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{path}: this model has no token for the begin or the end of a text")
         self.stop_tokens = {self.eos_id}
-        self.special_tokens = {
-            self.model.id_to_piece(token): token
-            for token in range(self.n_words)
-            if self.model.is_control(token)
-        }
+        self.prefix, self.suffix = (self.bos_id,), ()
+        control = filter(self.model.is_control, range(n_words))
+        ends = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.model.unk_id()}
+        self._learn(
+            [AddedToken(self.model.id_to_piece(token), token, special=True) for token in control],
+            {key: self.model.id_to_piece(token) for key, token in ends.items() if token >= 0},
+            n_words,
+        )
 
-    def _text(self, text: str) -> list[int]:
+    def _text(self, text: str, *, begins: bool, barred: AbstractSet[str]) -> list[int]:
         ids: list[int] = self.model.encode(text)
         return ids
 
     def token_bytes(self, token: int) -> bytes:
-        token = check_id(token, self.n_words)
+        token = check_id(token, max(self.n_words, self.rows))
+        if token >= self.n_words:
+            return b""
         piece: str = self.model.id_to_piece(token)
         if self.model.is_control(token):
             return b""
@@ -165,8 +125,8 @@ class SentencePieceTokenizer(PieceText):
         return piece.replace("▁", " ").encode()
 
     def first_bytes(self, token: int) -> bytes:
-        token = check_id(token, self.n_words)
-        return self.token_bytes(token) if self.model.is_byte(token) else self._alone(token)
+        data = self.token_bytes(token)
+        return data if not data or self.model.is_byte(token) else self._alone(token)
 
     def _alone(self, token: int) -> bytes:
         text: str = self.model.decode([token])
@@ -180,8 +140,14 @@ class Llama2ChatFormat:
     assistant alternate; the user has the last word.
     """
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer, template: DialogFormat | None = None) -> None:
         self.tokenizer = tokenizer
+        self.template = template
+        self._control = control_words(tokenizer)
+
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of the text of a message, or of a part of it."""
+        return self.tokenizer.encode_plain(text, self._control)
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
         """Ids of the whole dialog, up to where the assistant's answer begins.
@@ -189,6 +155,8 @@ class Llama2ChatFormat:
         Raises ValueError naming the index of the message that is wrong, and RefusedDialog where a
         message has one of the tags.
         """
+        if self.template is not None and has_more(dialog):
+            return self.template.encode_dialog_prompt(dialog)
         check_dialog(dialog, ("system", "user", "assistant"))
         system = dialog[0]["role"] == "system"
         for index, message in enumerate(dialog[system:]):
@@ -208,17 +176,12 @@ class Llama2ChatFormat:
         if system:
             texts[0] = f"<<SYS>>\n{dialog[0]['content']}\n<</SYS>>\n\n{texts[0]}"
         turns = [text.strip() for text in texts]
+        begin = self.tokenizer.prefix
         ids = []
         for asked, answered in zip(turns[::2], turns[1::2], strict=False):
             text = f"[INST] {asked} [/INST] {answered} "
-            ids += self.tokenizer.encode(text, bos=True, eos=True)
-        return ids + self.tokenizer.encode(f"[INST] {turns[-1]} [/INST]", bos=True, eos=False)
-
-
-def one_of(names: Collection[str]) -> re.Pattern[str] | None:
-    """A pattern of these texts, the longest first; None for none."""
-    words = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
-    return re.compile("|".join(words)) if words else None
+            ids += [*begin, *self.encode_content(text), self.tokenizer.eos_id]
+        return ids + [*begin, *self.encode_content(f"[INST] {turns[-1]} [/INST]")]
 
 
 def _load(data: bytes, path: str) -> Any:  # noqa: ANN401

@@ -29,6 +29,8 @@ _SECONDS = 5.0
 _LARGEST_VALUE = 2**20  # characters, beyond those that are given
 _ITEM = 32  # characters that an item of a list counts for
 _RANGE = 10_000
+# What ensure_ascii escapes, but for characters of private use, which may be somebody's marks.
+_ASCII = re.compile(r"[^\x00-\x7f\ue000-\uf8ff\U000f0000-\U0010ffff]")
 
 
 class BoundedTemplate:
@@ -300,12 +302,31 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise ValueError("it makes too large a value")
         return text.replace(was, becomes, -1 if count is None else count)
 
-    def _tojson(self, value: object, **options: object) -> str:
+    def _tojson(
+        self,
+        value: object,
+        ensure_ascii: object = False,
+        indent: object = None,
+        separators: object = None,
+        sort_keys: object = False,
+    ) -> str:
+        """As transformers has it: nothing is escaped for HTML, and all options may be given."""
         self.budget.check(value)
-        indent = options.get("indent")
         if not (indent is None or (type(indent) is int and 0 <= indent <= 8)):
             raise ValueError(f"tojson(indent={indent!r:.20})")
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+        pair = tuple(separators) if isinstance(separators, (list, tuple)) else separators
+        if pair is not None and not (
+            type(pair) is tuple and len(pair) == 2 and all(type(p) is str for p in pair)
+        ):
+            raise ValueError(f"tojson(separators={separators!r:.20})")
+        text = json.dumps(
+            value,
+            ensure_ascii=False,
+            indent=indent,
+            separators=pair,  # type: ignore[arg-type]
+            sort_keys=bool(sort_keys),
+        )
+        return _ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
     # ---- what the sandbox asks
 

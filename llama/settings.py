@@ -37,10 +37,15 @@ def check_vocabulary(tokenizer: TextTokenizer, args: ModelArgs, path: object) ->
 
     A model may have a few rows more than its tokenizer has tokens: padding, or tokens that were
     added to it. With more missing than that, special tokens, which follow the ranks, would be other
-    ones.
+    ones. Where the files say which special token has which id, padding may have any size; and the
+    tokenizer may have added words without a row, which then cannot be used.
     """
     spare = min(LARGEST_PADDING, tokenizer.n_words // 64)
-    if not 0 <= args.vocab_size - tokenizer.n_words <= spare:
+    over = range(args.vocab_size, tokenizer.n_words)
+    if tokenizer.stated:
+        spare = max(16384, tokenizer.n_words)
+        over = range(0) if {*over} <= {word.id for word in tokenizer.added} else over
+    if over or args.vocab_size - tokenizer.n_words > spare:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.n_words} tokens and the model "
             f"{args.vocab_size}: they belong to different models"

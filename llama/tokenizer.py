@@ -18,6 +18,7 @@ from typing import Literal, Protocol, TypedDict
 
 import tiktoken
 
+from llama.added import AddedToken, Allows, HasAddedWords, check_disallowed
 from llama.ranks import parse_ranks, read_bytes
 
 Role = Literal["system", "user", "assistant", "ipython", "tool"]
@@ -82,12 +83,20 @@ _PATTERN = "|".join(
 class TextTokenizer(Protocol):
     """What all tokenizers have in common, `Tokenizer` and those of other rooms."""
 
+    added: tuple[AddedToken, ...]
     special_tokens: dict[str, int]
+    names: dict[str, str]
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
     n_words: int
+    rows: int
+    stated: bool
     bos_id: int
     eos_id: int
     pad_id: int
     stop_tokens: set[int]
+
+    def limit(self, rows: int) -> None: ...
 
     def encode(
         self,
@@ -99,6 +108,12 @@ class TextTokenizer(Protocol):
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]: ...
 
+    def encode_plain(self, s: str, barred: AbstractSet[str]) -> list[int]: ...
+
+    def encode_rendered(
+        self, s: str, control: AbstractSet[str], allows: Allows
+    ) -> list[int]: ...
+
     def decode(self, ids: Iterable[int]) -> str: ...
 
     def token_bytes(self, token: int) -> bytes: ...
@@ -106,7 +121,7 @@ class TextTokenizer(Protocol):
     def first_bytes(self, token: int) -> bytes: ...
 
 
-class Tokenizer:
+class Tokenizer(HasAddedWords):
     """A ranks file (tiktoken's format) and the 256 special tokens that follow its ranks.
 
     `version` says which names the special tokens have: "3.1" (Llama 3.1, 3.2, 3.3) adds
@@ -115,7 +130,6 @@ class Tokenizer:
     """
 
     ranks: dict[bytes, int]
-    special_tokens: dict[str, int]
     version: Version
     num_reserved_special_tokens = 256
     pat_str = _PATTERN
@@ -132,7 +146,9 @@ class Tokenizer:
         path = os.fspath(model_path)
         ranks = parse_ranks(read_bytes(path), path)
         special = llama3_special_tokens(len(ranks), version)
-        self._set_up(ranks, special, os.path.basename(path), version)
+        added = [AddedToken(name, token, special=True) for name, token in special.items()]
+        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+        self._set_up(ranks, added, os.path.basename(path), version, *names.values(), names)
 
     @classmethod
     def from_ranks(
@@ -141,59 +157,77 @@ class Tokenizer:
         special_tokens: Mapping[str, int],
         *,
         name: str = "ranks",
-        bos: str = "<|begin_of_text|>",
+        bos: str | None = "<|begin_of_text|>",
         eos: str = "<|end_of_text|>",
         stop_tokens: Collection[int] | None = None,
+        words: Iterable[AddedToken] = (),
+        names: Mapping[str, str] | None = None,
+        prefix: Sequence[int] | None = None,
+        suffix: Sequence[int] = (),
     ) -> "Tokenizer":
         """A tokenizer of ranks and special tokens that lie in another file than Meta's, `name`.
 
         `bos` and `eos` are names among `special_tokens`; `stop_tokens` None: those of Llama 3 that
-        are there. A rank is a token's id. Raises ValueError where ids are used twice or left out,
-        where a single byte has no rank, or a name is missing.
+        are there. `words` are added words that are not special, or have other ways than the special
+        ones; `names` what templates call tokens; `prefix` and `suffix` what stands before and after
+        a text, by default bos and nothing. A rank is a token's id, and an added word may be one of
+        the ranks. Raises ValueError where two tokens have the same id, where a single byte has no
+        rank, or a name is missing.
         """
-        ids = [*ranks.values(), *special_tokens.values()]
-        if sorted(ids) != list(range(len(ids))):
-            raise ValueError(
-                f"{name}: its {len(ids)} tokens do not have the ids 0 to {len(ids) - 1}"
-            )
-        if b"" in ranks or "" in special_tokens:
+        given = [AddedToken(text, token, special=True) for text, token in special_tokens.items()]
+        added = {word.content: word for word in (*given, *words)}
+        if b"" in ranks or "" in added:
             raise ValueError(f"{name}: a token is empty")
+        own = {word.id: word.content for word in added.values()}
+        twice = len(own) < len(added) or len({*ranks.values()}) < len(ranks)
+        if twice or any(type(token) is not int or token < 0 for token in own):
+            raise ValueError(f"{name}: two of its tokens have the same id, or one has none")
         lacking = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
         if lacking is not None:
             raise ValueError(f"{name}: no token is the single byte 0x{lacking:02x}")
         for word in (bos, eos):
-            if word not in special_tokens:
+            if word is not None and word not in special_tokens:
                 raise ValueError(f"{name}: {word!r:.60} is none of its special tokens")
         self = cls.__new__(cls)
         version: Version = "3.1" if "<|eom_id|>" in special_tokens else "3"
-        self._set_up(dict(ranks), dict(special_tokens), name, version, bos, eos, stop_tokens)
+        said = {"bos_token": bos, "eos_token": eos} if names is None else names
+        told = {key: word for key, word in said.items() if word is not None}
+        self._set_up(dict(ranks), added.values(), name, version, bos, eos, told, stop_tokens)
+        self.prefix = self.prefix if prefix is None else tuple(prefix)
+        self.suffix = tuple(suffix)
         return self
 
     def _set_up(
         self,
         ranks: dict[bytes, int],
-        special_tokens: dict[str, int],
+        added: Collection[AddedToken],
         name: str,
         version: Version,
-        bos: str = "<|begin_of_text|>",
-        eos: str = "<|end_of_text|>",
+        bos: str | None,
+        eos: str,
+        names: Mapping[str, str],
         stop_tokens: Collection[int] | None = None,
     ) -> None:
         self.version = version
         self.ranks = ranks
-        self.special_tokens = special_tokens
+        ids = {*ranks.values()}
         self.model = tiktoken.Encoding(
             name=name,
             pat_str=self.pat_str,
             mergeable_ranks=ranks,
-            special_tokens=special_tokens,
+            special_tokens={word.content: word.id for word in added if word.id not in ids},
         )
-        self.n_words: int = self.model.n_vocab
-        self.bos_id: int = special_tokens[bos]
-        self.eos_id: int = special_tokens[eos]
+        self._learn(added, names, self.model.n_vocab)
+        self._gaps = {*range(self.n_words)} - ids - {word.id for word in added}
+        self._everywhere = any(word != AddedToken(*word[:2], special=True) for word in added)
+        self._hidden = {word.id for word in added if word.special and word.id in ids}
+        self.eos_id: int = self.special_tokens[eos]
+        self.bos_id: int = self.eos_id if bos is None else self.special_tokens[bos]
+        self.prefix = () if bos is None else (self.bos_id,)
+        self.suffix = ()
         self.pad_id: int = -1
         self.stop_tokens: set[int] = (
-            _stops(special_tokens) if stop_tokens is None else {*stop_tokens}
+            _stops(self.special_tokens) | {self.eos_id} if stop_tokens is None else {*stop_tokens}
         )
 
     def encode(
@@ -205,31 +239,82 @@ class Tokenizer:
         allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]:
-        """Ids of `s`, with bos_id before and eos_id after it where asked for.
+        """Ids of `s`; where asked for, with what the tokenizer puts before it (bos_id, or nothing
+        where its files say so), and with eos_id after it.
 
         Names in `allowed_special` ("all" for all) become special tokens where `s` has them; names
-        in `disallowed_special` raise ValueError where `s` has them; any other is plain text.
+        in `disallowed_special` raise ValueError where `s` has them; any other is plain text. Added
+        words that are not special are their own tokens wherever `s` has them.
         """
         allowed = check_encode(s, self.special_tokens, allowed_special, disallowed_special)
-        ids = [self.bos_id] if bos else []
-        for piece in _pieces(s):
-            ids += self.model.encode(
-                piece, allowed_special=allowed, disallowed_special=disallowed_special
-            )
+        ids = [*self.prefix] if bos else []
+        if self._everywhere:
+            check_disallowed(s, self.special_tokens, allowed, disallowed_special)
+            ids += self._mixed(s, allowed, frozenset())
+        else:
+            for piece in _pieces(s):
+                ids += self.model.encode(
+                    piece, allowed_special=allowed, disallowed_special=disallowed_special
+                )
         if eos:
-            ids.append(self.eos_id)
+            ids += self.suffix or (self.eos_id,)
+        return self._check_rows(ids)
+
+    def encode_plain(self, s: str, barred: AbstractSet[str]) -> list[int]:
+        """Ids of `s` alone, in which neither special tokens nor the `barred` words are found."""
+        if not self._everywhere:
+            return self.encode(s, bos=False, eos=False)
+        return self._check_rows(self._mixed(s, frozenset(), barred))
+
+    def _mixed(
+        self,
+        s: str,
+        allowed: AbstractSet[str],
+        barred: AbstractSet[str],
+        allows: Allows | None = None,
+    ) -> list[int]:
+        """Ids of a text with added words among the rest of it."""
+        hidden = self._hidden | {w.id for w in self.added if w.content in barred}
+        ids: list[int] = []
+        for part in self._words(allowed, barred).split(s, allows):
+            if part.word is not None:
+                ids.append(part.word.id)
+                continue
+            for piece in _pieces(part.text):
+                more = self.model.encode(piece, disallowed_special=())
+                ids += more if hidden.isdisjoint(more) else self._opened(more, hidden)
         return ids
+
+    def _opened(self, ids: Iterable[int], hidden: AbstractSet[int]) -> Iterator[int]:
+        """`ids` with the tokens that must not come out of text replaced by smaller ones."""
+        for token in ids:
+            if token not in hidden:
+                yield token
+                continue
+            data = self.model.decode_single_token_bytes(token)
+            cuts = range(len(data) - 1, 0, -1)
+            pairs = ((self.ranks.get(data[:cut]), self.ranks.get(data[cut:])) for cut in cuts)
+            whole = [pair for pair in pairs if None not in pair and hidden.isdisjoint(pair)]
+            yield from whole[0] if whole else (self.ranks[bytes([byte])] for byte in data)  # type: ignore[misc]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`: special tokens as their names, invalid UTF-8 as U+FFFD.
 
-        Raises ValueError for an id outside 0 .. n_words - 1, pad_id among them.
+        Ids without a token have no text. Raises ValueError for an id outside the vocabulary and the
+        rows of the model, pad_id among them.
         """
-        return self.model.decode([check_id(token, self.n_words) for token in ids])
+        every = max(self.n_words, self.rows)
+        known = [check_id(token, every) for token in ids]
+        if every > self.n_words or self._gaps:
+            known = [i for i in known if i < self.n_words and i not in self._gaps]
+        return self.model.decode(known)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for; a character may need those of several ids."""
-        return self.model.decode_single_token_bytes(check_id(token, self.n_words))
+        index = check_id(token, max(self.n_words, self.rows))
+        if index >= self.n_words or index in self._gaps:
+            return b""
+        return self.model.decode_single_token_bytes(index)
 
     def first_bytes(self, token: int) -> bytes:
         """The bytes of an id that begins a text: here, the same as anywhere."""
@@ -272,17 +357,27 @@ class DialogFormat(Protocol):
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]: ...
 
+    def encode_content(self, text: str) -> list[int]: ...
+
 
 class ChatFormat:
     """Dialogs to ids, as Llama 3 Instruct and later were trained on them.
 
     Roles are system, user and assistant; from 3.1 on also ipython, whose messages are what a tool
-    answered, and its other name tool.
+    answered, and its other name tool. The text of a message never becomes a control word: neither a
+    special token nor an added word that ends a turn. A message with other keys than role and
+    content is for `template`, where the model has one that says the same of all others.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: DialogFormat | None = None) -> None:
         self.tokenizer = tokenizer
+        self.template = template
         self.roles = ROLES[tokenizer.version]
+        self._control = control_words(tokenizer)
+
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of the text of a message, or of a part of it."""
+        return self.tokenizer.encode_plain(text, self._control)
 
     def encode_header(self, message: Message) -> list[int]:
         _check_message(message, self.roles, "role")
@@ -299,7 +394,7 @@ class ChatFormat:
         _check_message(message, self.roles, "role", "content")
         return [
             *self.encode_header(message),
-            *self.tokenizer.encode(message["content"].strip(), bos=False, eos=False),
+            *self.encode_content(message["content"].strip()),
             self.tokenizer.special_tokens["<|eot_id|>"],
         ]
 
@@ -308,22 +403,67 @@ class ChatFormat:
 
         Raises ValueError naming the index of the message that is wrong, before anything is encoded.
         """
+        if self.template is not None and has_more(dialog):
+            return self.template.encode_dialog_prompt(dialog)
         check_dialog(dialog, self.roles)
-        ids = [self.tokenizer.bos_id]
+        ids = [*self.tokenizer.prefix]
         for message in dialog:
             ids += self.encode_message(message)
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
 
-def check_dialog(dialog: object, roles: Sequence[Role]) -> None:
-    """ValueError where `dialog` is not a list of messages, naming the index of a wrong one."""
+# Keys of a message that say something to a model; other keys are notes of whoever keeps the dialog.
+_MEANT = (
+    "tool_calls", "tool_call_id", "function_call", "name", "tools", "documents",
+    "reasoning_content", "reasoning", "thinking",
+)  # fmt: skip
+
+
+def control_words(tokenizer: TextTokenizer) -> frozenset[str]:
+    """Added words that end a text or a turn or have a name, special or not."""
+    named = {*tokenizer.names.values()}
+    ends = {*tokenizer.stop_tokens, tokenizer.eos_id, tokenizer.bos_id}
+    return frozenset(w.content for w in tokenizer.added if w.id in ends or w.content in named)
+
+
+def has_more(dialog: object) -> bool:
+    """Whether a message has more than a role and a text, so that only a template can say it."""
+    messages = dialog if isinstance(dialog, Sequence) else ()
+    return any(
+        isinstance(message, Mapping)
+        and (
+            any(value is not None for key, value in message.items() if key not in _TEXT)
+            or not isinstance(message.get("content"), str)
+        )
+        for message in messages
+    )
+
+
+_TEXT = ("role", "content")
+
+
+def check_messages(dialog: object) -> None:
+    """ValueError where `dialog` is not a list, or an empty one."""
     if isinstance(dialog, (str, Mapping)) or not isinstance(dialog, Sequence):
         raise ValueError(f"a dialog is a list of messages, got {type(dialog).__name__}")
     if not dialog:
         raise ValueError("the dialog is empty: it needs at least one message")
-    for index, message in enumerate(dialog):
+
+
+def check_dialog(dialog: object, roles: Sequence[Role], first: int = 0) -> None:
+    """ValueError where `dialog` is not a list of messages of text alone, naming the index of a
+    wrong one, counted from `first`."""
+    check_messages(dialog)
+    assert isinstance(dialog, Sequence)
+    for index, message in enumerate(dialog, start=first):
         where = f"message {index} of the dialog: "
         _check_message(message, roles, "role", "content", where=where)
+        for key in _MEANT:
+            if message.get(key):
+                raise ValueError(
+                    f"{where}this model's chat format has no place for its key {key!r}: leave it "
+                    "out, or say it in the content"
+                )
 
 
 def _check_message(message: object, roles: Sequence[Role], *keys: str, where: str = "") -> None:
@@ -332,11 +472,18 @@ def _check_message(message: object, roles: Sequence[Role], *keys: str, where: st
     for key in keys:
         if key not in message:
             raise ValueError(f"{where}no {key!r} among its keys {list(message)}")
+    check_role(message, roles, where)
+    if "content" in keys and not isinstance(message["content"], str):
+        raise ValueError(f"{where}content is a str, got {type(message['content']).__name__}")
+
+
+def check_role(message: Mapping[str, object], roles: Sequence[Role], where: str) -> None:
+    """ValueError where a message is of nobody who may speak."""
+    if "role" not in message:
+        raise ValueError(f"{where}no 'role' among its keys {list(message)}")
     if message["role"] not in roles:
         known = ", ".join(roles)
         raise ValueError(f"{where}unknown role {message['role']!r}: the roles are {known}")
-    if "content" in keys and not isinstance(message["content"], str):
-        raise ValueError(f"{where}content is a str, got {type(message['content']).__name__}")
 
 
 def check_encode(

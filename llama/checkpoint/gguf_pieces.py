@@ -8,18 +8,27 @@ for other bytes than the same token later on.
 The algorithm: Sennrich et al. 2016 (arXiv 1508.07909), as in SentencePiece (arXiv 1808.06226).
 """
 
-import heapq
 import math
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
-from llama.llama2 import PieceText, one_of
+from llama.added import AddedToken, AddedWords
+from llama.pieces import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    PieceText,
+    merge,
+    pieces_of,
+)
+from llama.pieces import fields as _fields  # noqa: F401
 from llama.tokenizer import check_id
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
-_SPACE = "▁"
 _UNKNOWN_TEXT = " ⁇ "  # what SentencePiece writes for it
 
 
@@ -40,35 +49,47 @@ class PieceTokenizer(PieceText):
         eos_id: int,
         stop_tokens: Collection[int] = (),
         add_space_prefix: bool = True,
+        names: Mapping[str, str] | None = None,
+        prefix: Sequence[int] | None = None,
+        suffix: Sequence[int] = (),
     ) -> None:
-        """Raises ValueError where bos or eos is no token, or a byte has no piece."""
+        """`names`, `prefix` and `suffix` as in `Tokenizer.from_ranks`.
+
+        Raises ValueError where bos or eos is no token, or a byte has no piece.
+        """
         self.pieces, self.scores, self.kinds = pieces, scores, kinds
         self.add_space_prefix = add_space_prefix
-        self.n_words = len(pieces)
         self.bos_id, self.eos_id = bos_id, eos_id
         for name, token in (("begin", bos_id), ("end", eos_id)):
-            if not 0 <= token < self.n_words:
+            if not 0 <= token < len(pieces):
                 raise ValueError(f"the token of a text's {name}, {token}, is not in the vocabulary")
         if any(math.isnan(score) for score in scores):
             raise ValueError("a score of the vocabulary is no number")
         self.stop_tokens = {eos_id, *stop_tokens}
-        self.special_tokens = {
-            piece: token for token, piece in enumerate(pieces) if kinds[token] == CONTROL
-        }
+        self.prefix = (bos_id,) if prefix is None else tuple(prefix)
+        self.suffix = tuple(suffix)
+        self._learn(
+            [
+                AddedToken(piece, token, special=kinds[token] == CONTROL)
+                for token, piece in enumerate(pieces)
+                if kinds[token] in (CONTROL, USER_DEFINED) and piece
+            ],
+            {"bos_token": pieces[bos_id], "eos_token": pieces[eos_id]} if names is None else names,
+            len(pieces),
+        )
         self._mergeable = {
-            piece: token
+            piece if kinds[token] != USER_DEFINED else piece.replace(" ", SPACE): token
             for token, piece in enumerate(pieces)
             if kinds[token] in (NORMAL, USER_DEFINED, UNUSED) and piece
         }
-        self._score_of = {piece: scores[token] for piece, token in self._mergeable.items()}
+        self._score_of = {piece: -scores[token] for piece, token in self._mergeable.items()}
         spelled = {pieces[token]: token for token in range(self.n_words) if kinds[token] == BYTE}
-        names = [f"<0x{byte:02X}>" for byte in range(256)]
-        lacking = next((name for name in names if name not in spelled), None)
+        names_of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+        lacking = next((name for name in names_of_bytes if name not in spelled), None)
         if lacking is not None or len(spelled) > 256:
             raise ValueError(f"its vocabulary has not the 256 bytes as pieces, such as {lacking}")
-        self._byte_ids = [spelled[name] for name in names]
-        whole = [p for p in self._mergeable if kinds[self._mergeable[p]] == USER_DEFINED]
-        self._whole = one_of(whole)
+        self._byte_ids = [spelled[name] for name in names_of_bytes]
+        self._whole: dict[frozenset[str], AddedWords] = {}  # by what is barred
 
     @classmethod
     def of_sentencepiece(cls, tokenizer: Any) -> "PieceTokenizer":  # noqa: ANN401
@@ -76,7 +97,7 @@ class PieceTokenizer(PieceText):
         model = getattr(tokenizer, "model", None)
         if model is None or not hasattr(model, "serialized_model_proto"):
             raise ValueError(f"{type(tokenizer).__name__} is no kind of tokenizer that GGUF knows")
-        kinds = list(_proto_kinds(model.serialized_model_proto()))
+        kinds = [piece.kind for piece in pieces_of(model.serialized_model_proto())]
         size = model.vocab_size()
         assert len(kinds) == size, (len(kinds), size)
         return cls(
@@ -86,119 +107,69 @@ class PieceTokenizer(PieceText):
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             stop_tokens=tokenizer.stop_tokens,
-            add_space_prefix=model.encode_as_pieces("x")[0].startswith(_SPACE),
+            add_space_prefix=model.encode_as_pieces("x")[0].startswith(SPACE),
         )
 
     def token_bytes(self, token: int) -> bytes:
-        token = check_id(token, self.n_words)
-        kind, piece = self.kinds[token], self.pieces[token]
-        if kind == CONTROL:
+        token = check_id(token, max(self.n_words, self.rows))
+        if token >= self.n_words or self.kinds[token] == CONTROL:
             return b""
+        kind, piece = self.kinds[token], self.pieces[token]
         if kind == BYTE:
             return bytes.fromhex(piece[3:5])
-        return (_UNKNOWN_TEXT if kind == UNKNOWN else piece.replace(_SPACE, " ")).encode()
+        return (_UNKNOWN_TEXT if kind == UNKNOWN else piece.replace(SPACE, " ")).encode()
 
     def first_bytes(self, token: int) -> bytes:
         data = self.token_bytes(token)
-        written = self.add_space_prefix and self.pieces[token].startswith(_SPACE)
+        written = self.add_space_prefix and data and self.pieces[token].startswith(SPACE)
         return data[1:] if written else data
 
-    def _text(self, text: str) -> list[int]:
-        text = (" " * self.add_space_prefix + text).replace(" ", _SPACE)
+    def _words(
+        self, allowed: AbstractSet[str], barred: AbstractSet[str] = frozenset()
+    ) -> AddedWords:
+        """Allowed control pieces only: user-defined ones are found where spaces are written."""
+        every = {word.content for word in self.added if not word.special}
+        return super()._words(allowed, every)
+
+    def _user_defined(self, barred: AbstractSet[str]) -> AddedWords:
+        key = frozenset(barred)
+        if key not in self._whole:
+            plain = (w for w in self.added if not w.special and w.content not in barred)
+            words = (word._replace(content=word.content.replace(" ", SPACE)) for word in plain)
+            self._whole[key] = AddedWords(words)
+        return self._whole[key]
+
+    def _text(self, text: str, *, begins: bool, barred: AbstractSet[str]) -> list[int]:
+        text = (" " * self.add_space_prefix + text).replace(" ", SPACE)
         symbols, fixed = [], []
-        for part in re.split(f"({self._whole.pattern})", text) if self._whole else [text]:
-            if self._whole is not None and self._whole.fullmatch(part):
-                symbols.append(part)
+        for part in self._user_defined(barred).split(text):
+            if part.word is not None:
+                symbols.append(part.text)
                 fixed.append(True)
             else:
-                symbols += part
-                fixed += [False] * len(part)
+                symbols += part.text
+                fixed += [False] * len(part.text)
+        hidden = {word.replace(" ", SPACE) for word in barred}
         ids: list[int] = []
         halves: dict[str, tuple[str, str]] = {}
-        for symbol in _merge(symbols, fixed, self._score_of, halves):
-            self._emit(symbol, halves, ids)
+        scores = self._score_of
+        for symbol in merge(symbols, fixed, lambda a, b: scores.get(a + b), halves):
+            self._emit(symbol, halves, ids, hidden)
         return ids
 
-    def _emit(self, symbol: str, halves: Mapping[str, tuple[str, str]], ids: list[int]) -> None:
+    def _emit(
+        self,
+        symbol: str,
+        halves: Mapping[str, tuple[str, str]],
+        ids: list[int],
+        hidden: AbstractSet[str],
+    ) -> None:
         """The ids of a piece that came out: its own, those of its halves, or its bytes'."""
         token = self._mergeable.get(symbol)
-        if token is not None and self.kinds[token] != UNUSED:
+        if token is not None and self.kinds[token] != UNUSED and symbol not in hidden:
             ids.append(token)
         elif symbol in halves:
             for half in halves[symbol]:
-                self._emit(half, halves, ids)
+                self._emit(half, halves, ids, hidden)
         else:
             ids += (self._byte_ids[byte] for byte in symbol.encode())
-
-
-def _proto_kinds(data: bytes) -> Iterator[int]:
-    """The kind of each piece of a serialized model: field 3 of each field 1, NORMAL where absent.
-
-    The processor tells all kinds but USER_DEFINED; this reads as much of protobuf as that takes.
-    """
-    for field, value in _fields(data):
-        if field == 1:
-            assert isinstance(value, bytes)
-            yield [NORMAL, *(int(kind) for inner, kind in _fields(value) if inner == 3)][-1]
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Numbers and values of the fields of a protobuf message that is known to be whole."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}.get(key & 7) or varint()
-        yield key >> 3, data[at : at + size]
-        at += size
-
-
-def _merge(
-    symbols: list[str],
-    fixed: list[bool],
-    score_of: Mapping[str, float],
-    halves: dict[str, tuple[str, str]],
-) -> list[str]:
-    """Join neighbours into pieces, the best score first, of equal ones the leftmost.
-
-    `fixed` symbols stay as they are. `halves` learns of what each piece was made last.
-    """
-    before = list(range(-1, len(symbols) - 1))
-    after = [*range(1, len(symbols)), -1]
-    heap: list[tuple[float, int, int, str]] = []
-
-    def offer(left: int, right: int) -> None:
-        if left >= 0 and right >= 0 and not (fixed[left] or fixed[right]):
-            joined = symbols[left] + symbols[right]
-            score = score_of.get(joined)
-            if score is not None:
-                heapq.heappush(heap, (-score, left, right, joined))
-                halves[joined] = symbols[left], symbols[right]
-
-    for left in range(len(symbols) - 1):
-        offer(left, left + 1)
-    while heap:
-        _, left, right, joined = heapq.heappop(heap)
-        if not symbols[left] or after[left] != right or symbols[left] + symbols[right] != joined:
-            continue  # one of the two is part of something else by now
-        symbols[left], symbols[right] = joined, ""
-        after[left] = after[right]
-        if after[right] >= 0:
-            before[after[right]] = left
-        offer(before[left], left)
-        offer(left, after[left])
-    return [symbol for symbol in symbols if symbol]

@@ -10,16 +10,33 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from llama.added import AddedToken
+from llama.byte_level import BYTE_OF, CHAR_OF, check_merges, merges_of
 from llama.checkpoint.gguf_file import Array, GGUFFile
-from llama.checkpoint.gguf_pieces import CONTROL, NORMAL, UNUSED, PieceTokenizer
+from llama.checkpoint.gguf_pieces import PieceTokenizer
+from llama.metaspace import MetaspaceTokenizer
+from llama.pieces import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from llama.tokenizer import TextTokenizer, Tokenizer
-from llama.tokenizer_json import BYTE_OF, CHAR_OF, check_merges, merges_of
 
 # What llama.cpp calls the way of Llama 3 to cut text before merging, also in older files.
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _BEGIN = "<|begin_of_text|>"
-_STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+# Words that end an answer in llama.cpp wherever they are in the vocabulary, eos or not.
+_STOPS = (
+    "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>",
+    "<|endoftext|>", "<EOT>", "_<EOT>", "<｜end▁of▁sentence｜>",
+)  # fmt: skip
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_NAMES = {  # and what templates call them
+    "bos_token_id": "bos_token",
+    "eos_token_id": "eos_token",
+    "unknown_token_id": "unk_token",
+    "seperator_token_id": "sep_token",  # spelled so in the files
+    "padding_token_id": "pad_token",
+    "cls_token_id": "cls_token",
+    "mask_token_id": "mask_token",
+}
+_WORDS = (CONTROL, USER_DEFINED)
 
 
 class Vocabulary(NamedTuple):
@@ -52,16 +69,20 @@ def read_tokenizer(file: GGUFFile) -> TextTokenizer:
             )
         tokens = _strings(file, "tokens")
         kinds = _numbers(file, "token_type", len(tokens)) or [NORMAL] * len(tokens)
-        while tokens and kinds[len(tokens) - 1] == UNUSED and tokens[-1].startswith("[PAD"):
-            tokens.pop()  # fills the rows of a matrix that no token needs
+        times = Counter(tokens)
+        while tokens and kinds[len(tokens) - 1] == UNUSED and (
+            tokens[-1].startswith("[PAD") or times[tokens[-1]] > 1
+        ):
+            times[tokens.pop()] -= 1  # fills the rows of a matrix that no token needs
         twice = Counter(tokens).most_common(1)
         if twice and twice[0][1] > 1:
             raise ValueError(f"the token {twice[0][0]!r:.60} comes twice in its vocabulary")
-        if model == "gpt2":
-            return _byte_level(file, tokens, kinds)
-        return _pieces(file, tokens, kinds)
+        make = _byte_level if model == "gpt2" else _pieces
+        tokenizer: TextTokenizer = make(file, tokens, kinds)
     except ValueError as error:
         raise ValueError(f"{file.path}: {str(error).removeprefix(f'{file.path}: ')}") from error
+    tokenizer.stated = True
+    return tokenizer
 
 
 def _strings(file: GGUFFile, key: str) -> list[str]:
@@ -93,35 +114,62 @@ def _id(file: GGUFFile, key: str, count: int) -> int | None:
 
 def _byte_level(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> Tokenizer:
     ranks: dict[bytes, int] = {}
-    special: dict[str, int] = {}
+    added: dict[int, AddedToken] = {}
     for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):
-        if kind != NORMAL:
-            special[text] = token
-            continue
-        try:
+        spelled = all(letter in BYTE_OF for letter in text)
+        if kind == NORMAL and not spelled:
+            raise ValueError(f"the token {text!r:.60} is not spelled byte by byte")
+        if kind == NORMAL or (kind == UNUSED and spelled):
             ranks[bytes([BYTE_OF[letter] for letter in text])] = token
-        except KeyError:
-            raise ValueError(f"the token {text!r:.60} is not spelled byte by byte") from None
-    pre = file.get("tokenizer.ggml.pre", str, "" if _BEGIN in special else "default")
+        else:
+            added[token] = AddedToken(text, token, special=kind != USER_DEFINED)
+    pre = file.get("tokenizer.ggml.pre", str, "" if _BEGIN in tokens else "default")
     if pre not in ("", *_LLAMA3):
         raise ValueError(
             f"its tokenizer cuts text by the rule {pre!r:.40}; {_LLAMA3[0]} is known: give "
             "tokenizer_path"
         )
     _check_merges(file, tokens)
-    ids = {key: _id(file, key, len(tokens)) for key in ("bos_token_id", *_STOP_KEYS)}
-    stops = {ids[key] for key in _STOP_KEYS} | {special.get(name) for name in _STOPS}
-    names: dict[int | None, str] = {token: text for text, token in special.items()}
-    # an Instruct file calls its end of a turn the end of a text; both stop, only one ends a text
-    eos = _STOPS[0] if _STOPS[0] in special else names.get(ids["eos_token_id"], _STOPS[0])
+    ids, names = _named(file, tokens)
+    known = {text: token for token, text in enumerate(tokens)}
+    bos, eos = ids["bos_token_id"], ids["eos_token_id"]
+    bos = known.get(_BEGIN) if bos is None else bos
+    eos = known.get(_STOPS[0]) if eos is None else eos
+    if eos is None:
+        raise ValueError("says no tokenizer.ggml.eos_token_id")
+    stops = {ids[key] for key in _STOP_KEYS} | {known.get(name) for name in _STOPS}
+    for token in (bos, eos, *stops):
+        if token is not None:  # also where the file calls it an ordinary token
+            added[token] = AddedToken(tokens[token], token, special=True)
+    prefix, suffix = _around(file, bos, eos)
+    special = {word.content: word.id for word in added.values() if word.special}
     return Tokenizer.from_ranks(
         ranks,
         special,
         name=str(file.path),
-        bos=names.get(ids["bos_token_id"], _BEGIN),
-        eos=eos,
+        bos=None if bos is None else tokens[bos],
+        eos=tokens[eos],
         stop_tokens=_stop_tokens(stops, special),
+        words=added.values(),
+        names=names,
+        prefix=prefix,
+        suffix=suffix,
     )
+
+
+def _named(file: GGUFFile, tokens: Sequence[str]) -> tuple[dict[str, int | None], dict[str, str]]:
+    """The ids that the file names, None where it does not, and their texts as templates call
+    them."""
+    ids = {key: _id(file, key, len(tokens)) for key in (*_STOP_KEYS, *_NAMES)}
+    texts = {name: ids[key] for key, name in _NAMES.items()}
+    return ids, {name: tokens[token] for name, token in texts.items() if token is not None}
+
+
+def _around(file: GGUFFile, bos: int | None, eos: int) -> tuple[list[int], list[int]]:
+    """What stands before and after a text, by the file."""
+    before = file.get("tokenizer.ggml.add_bos_token", bool, True) and bos is not None
+    after = file.get("tokenizer.ggml.add_eos_token", bool, False)
+    return [bos] if before else [], [eos] if after else []  # type: ignore[list-item]
 
 
 def _stop_tokens(stops: set[int | None], special: Mapping[str, int]) -> set[int]:
@@ -145,16 +193,24 @@ def _pieces(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> PieceTok
     scores = file.get("tokenizer.ggml.scores", Array).values()
     if len(scores) < len(tokens) or not all(type(score) is float for score in scores):
         raise ValueError(f"tokenizer.ggml.scores is no list of {len(tokens)} numbers")
-    ids = {key: _id(file, key, len(tokens)) for key in ("bos_token_id", *_STOP_KEYS)}
-    stops = {token for key in _STOP_KEYS if (token := ids[key]) is not None}
+    ids, names = _named(file, tokens)
+    known = {text: token for token, text in enumerate(tokens) if kinds[token] in _WORDS}
+    stops = {ids[key] for key in _STOP_KEYS} | {known.get(name) for name in _STOPS}
+    bos = 1 if ids["bos_token_id"] is None else ids["bos_token_id"]
+    eos = 2 if ids["eos_token_id"] is None else ids["eos_token_id"]
+    prefix, suffix = _around(file, bos, eos)
+    ends = {"bos_token": bos, "eos_token": eos}
     return PieceTokenizer(
         tokens,
         [float(score) for score in scores[: len(tokens)]],
         list(kinds[: len(tokens)]),
-        bos_id=1 if ids["bos_token_id"] is None else ids["bos_token_id"],
-        eos_id=2 if ids["eos_token_id"] is None else ids["eos_token_id"],
-        stop_tokens=stops,
+        bos_id=bos,
+        eos_id=eos,
+        stop_tokens={token for token in stops if token is not None},
         add_space_prefix=file.get("tokenizer.ggml.add_space_prefix", bool, True),
+        names={key: tokens[token] for key, token in ends.items() if token < len(tokens)} | names,
+        prefix=prefix,
+        suffix=suffix,
     )
 
 
@@ -170,7 +226,7 @@ def vocabulary(tokenizer: TextTokenizer, size: int) -> Vocabulary:
         raise ValueError(f"the tokenizer has {tokenizer.n_words} tokens and the model {size}")
     if isinstance(tokenizer, Tokenizer):
         out = _spelled(tokenizer)
-    elif isinstance(tokenizer, PieceTokenizer):
+    elif isinstance(tokenizer, (PieceTokenizer, MetaspaceTokenizer)):
         out = _scored(tokenizer)
     else:
         out = _scored(PieceTokenizer.of_sentencepiece(tokenizer))
@@ -186,22 +242,27 @@ def _spelled(tokenizer: Tokenizer) -> Vocabulary:
     texts = {
         rank: "".join(CHAR_OF[byte] for byte in token) for token, rank in tokenizer.ranks.items()
     }
+    merges = merges_of({text: rank for rank, text in texts.items()})
     kinds = dict.fromkeys(texts, NORMAL)
-    for name, token in tokenizer.special_tokens.items():
-        texts[token], kinds[token] = name, CONTROL
-    order = range(tokenizer.n_words)
-    assert len(texts) == len(order), (len(texts), tokenizer.n_words)
+    for word in tokenizer.added:
+        texts[word.id], kinds[word.id] = word.content, CONTROL if word.special else USER_DEFINED
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     for key, name in (("eot_token_id", "<|eot_id|>"), ("eom_token_id", "<|eom_id|>")):
         if name in tokenizer.special_tokens:
             ids[key] = tokenizer.special_tokens[name]
-    merges = merges_of({texts[rank]: rank for rank in tokenizer.ranks.values()})
+    order = range(tokenizer.n_words)
     return Vocabulary(
-        "gpt2", [texts[n] for n in order], [kinds[n] for n in order], None, merges, ids, None
+        "gpt2",
+        [texts.get(n, f"[PAD{n}]") for n in order],
+        [kinds.get(n, UNUSED) for n in order],
+        None,
+        merges,
+        ids,
+        None,
     )
 
 
-def _scored(tokenizer: PieceTokenizer) -> Vocabulary:
+def _scored(tokenizer: PieceTokenizer | MetaspaceTokenizer) -> Vocabulary:
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     return Vocabulary(
         "llama",

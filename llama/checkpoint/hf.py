@@ -135,7 +135,7 @@ def open_hf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     said = str(config.get("dtype") or config.get("torch_dtype") or dtype).removeprefix("torch.")
     if said != str(dtype).removeprefix("torch."):
         logger.warning("%s says %.40s, and the weights are %s", config_file, said, dtype)
-    tokenizers = [path / name for name in ("tokenizer.model", "tokenizer.json")]
+    tokenizers = [path / name for name in ("tokenizer.json", "tokenizer.model")]
     return Checkpoint(
         args=args,
         tensors=tensors,
@@ -328,6 +328,8 @@ def _chat_template(path: Path) -> str | None:
     if isinstance(template, list):
         named = {each.get("name"): each.get("template") for each in template if type(each) is dict}
         template = named.get("default")
+    if isinstance(template, dict):
+        template = template.get("default")
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{file}: chat_template is {template!r:.40}, which is no text")
     return template
