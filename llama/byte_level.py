@@ -40,21 +40,17 @@ def is_byte_level(spec: Mapping[str, Any]) -> bool:
     return "ByteLevel" in kinds or not (isinstance(model, dict) and model.get("byte_fallback"))
 
 
-def ranks_of(spec: Mapping[str, Any], words: Mapping[str, AddedToken]) -> dict[bytes, int]:
-    """Ranks by bytes in a tokenizer.json whose added tokens are `words`.
-
-    Raises ValueError naming what is other than in Llama 3's.
-    """
-    _check_kind(spec)
-    return _ranks(spec["model"], words)
-
-
-def _check_kind(spec: Mapping[str, Any]) -> None:
+def check_kind(spec: Mapping[str, Any]) -> None:
     """ValueError where this is not byte-level BPE with Llama 3's pattern."""
     model = spec.get("model")
     if not isinstance(model, dict):
         raise ValueError("has no model")
     kind = model.get("type", "BPE")
+    if model.get("byte_fallback"):
+        raise ValueError(
+            "is the SentencePiece kind of Llama 1 and 2 (byte_fallback), and cuts text as Llama "
+            "3's: put the tokenizer.model alone into the folder"
+        )
     if kind != "BPE":
         raise ValueError(f"is of the kind {kind!r:.40}; byte-level BPE as in Llama 3 is read")
     for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -88,22 +84,25 @@ def _split_pattern(pre: object) -> str:
     return str(pattern.get("Regex")) if isinstance(pattern, dict) else ""
 
 
-def _ranks(model: Mapping[str, Any], words: Mapping[str, AddedToken]) -> dict[bytes, int]:
+def ranks_of(model: Mapping[str, Any], words: Mapping[str, AddedToken]) -> dict[bytes, int]:
     """Ranks by bytes, without added tokens that nothing is merged to; checks that merging by rank
     is what merges do."""
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError("its model has no vocab or no merges")
+    odd = next((token for token, rank in vocab.items() if type(rank) is not int), None)
+    if odd is not None:
+        raise ValueError(f"the token {odd!r:.60} has the id {vocab[odd]!r:.40}")
     made = check_merges(merges, vocab)
     ranks: dict[bytes, int] = {}
     for token, rank in vocab.items():
-        if token in words and type(rank) is int and token not in made and token not in BYTE_OF:
+        if token in words and token not in made and token not in BYTE_OF:
             continue
         try:
             spelled = bytes([BYTE_OF[char] for char in token])
         except KeyError:
             raise ValueError(f"the token {token!r:.60} is not written byte by byte") from None
-        if type(rank) is not int or not spelled:
+        if rank < 0 or not spelled:
             raise ValueError(f"the token {token!r:.60} has the id {rank!r:.40}")
         ranks[spelled] = rank
     unmade = len(vocab.keys() - made - words.keys() - BYTE_OF.keys())

@@ -181,7 +181,10 @@ class Tokenizer(HasAddedWords):
         own = {word.id: word.content for word in added.values()}
         twice = len(own) < len(added) or len({*ranks.values()}) < len(ranks)
         if twice or any(type(token) is not int or token < 0 for token in own):
-            raise ValueError(f"{name}: two of its tokens have the same id, or one has none")
+            count = len({*ranks.values(), *own})
+            raise ValueError(
+                f"{name}: its tokens do not have the ids 0 to {count - 1} and more, each its own"
+            )
         lacking = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
         if lacking is not None:
             raise ValueError(f"{name}: no token is the single byte 0x{lacking:02x}")

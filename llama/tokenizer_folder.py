@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.added import AddedToken
-from llama.byte_level import CHAR_OF, is_byte_level, ranks_of
+from llama.byte_level import CHAR_OF, check_kind, is_byte_level, ranks_of
 from llama.metaspace import Merges, MetaspaceTokenizer, Spaces, merges_of_pieces
 from llama.pieces import CONTROL, NORMAL, USER_DEFINED, pieces_of
 from llama.ranks import is_sentencepiece, parse_ranks, read_bytes
@@ -176,13 +176,16 @@ class _Vocabulary:
 def _ends(words: Mapping[str, AddedToken], names: Mapping[str, str]) -> tuple[str | None, str]:
     """The words that begin and end a text: as named, or else Llama 3's, where they are."""
     bos, eos = names.get("bos_token"), names.get("eos_token")
-    if bos is None and not names and "<|begin_of_text|>" in words:
+    if bos is None and eos is None and "<|begin_of_text|>" in words:
         bos = "<|begin_of_text|>"
+    if eos is None and "<|end_of_text|>" in words:
+        eos = "<|end_of_text|>"
     if eos is None:
-        known = ("<|end_of_text|>", "</s>", "<|endoftext|>")
-        eos = next((name for name in known if name in words), None)
-    if eos is None:
-        raise ValueError("tokenizer_config.json names no eos_token among the added tokens")
+        key = "bos" if bos is None else "eos"
+        raise ValueError(f"tokenizer_config.json names no {key}_token among the added tokens")
+    for name in (bos, eos):
+        if name is not None and name not in words:
+            raise ValueError(f"{name!r:.60} is none of its added tokens")
     return bos, eos
 
 
@@ -191,13 +194,15 @@ def _ends(words: Mapping[str, AddedToken], names: Mapping[str, str]) -> tuple[st
 
 def _of_json(file: Path, said: _Said) -> TextTokenizer:
     spec = read_json(file, _LARGEST_FILE)
+    own = _own(spec.get("added_tokens"))
     model = spec.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-        raise ValueError("has no model with a vocabulary")
-    if not isinstance(spec.get("added_tokens"), list):
-        raise ValueError("has no list added_tokens")
-    own = [_word(token)._replace(id=_number(token.get("id"))) for token in spec["added_tokens"]]
+    if not isinstance(model, dict):
+        raise ValueError("has no model")
     byte_level = is_byte_level(spec)
+    if byte_level:
+        check_kind(spec)
+    if not isinstance(model.get("vocab"), dict):
+        raise ValueError("its model has no vocab or no merges")
     rebuilt = not byte_level and said.kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
     defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} if rebuilt else {}
     vocabulary = _Vocabulary(model["vocab"])
@@ -214,13 +219,12 @@ def _of_json(file: Path, said: _Said) -> TextTokenizer:
     bos, eos = _ends(vocabulary.words, names)
     vocabulary.special((bos, eos))
     added = [*vocabulary.words.values()]
-    for name in (bos, eos):
-        if name is not None and name not in vocabulary.words:
-            raise ValueError(f"{name!r:.60} is none of its added tokens")
     prefix, suffix = _around(spec.get("post_processor"))
     if byte_level:
+        ranks = ranks_of(model, vocabulary.words)
+        _check_ranks(file.with_name("tokenizer.model"), ranks)
         return Tokenizer.from_ranks(
-            ranks_of(spec, vocabulary.words),
+            ranks,
             {word.content: word.id for word in added if word.special},
             name=file.name,
             bos=bos,
@@ -242,6 +246,33 @@ def _of_json(file: Path, said: _Said) -> TextTokenizer:
         suffix=suffix,
         unknown=model.get("unk_token") or names.get("unk_token"),
     )
+
+
+def _own(added: object) -> list[AddedToken]:
+    """The added tokens of a tokenizer.json, with the ids that are stated there."""
+    if not isinstance(added, list):
+        raise ValueError("has no list added_tokens")
+    own: dict[str, AddedToken] = {}
+    for token in added:
+        number = token.get("id") if isinstance(token, dict) else None
+        if not _content(token) or type(number) is not int:
+            raise ValueError(f"an added token is {token!r:.80}, without content or id")
+        word = _word(token)._replace(id=number)
+        if own.setdefault(word.content, word).id != number:
+            raise ValueError(f"the added token {word.content!r:.60} comes twice")
+        own[word.content] = word
+    return [*own.values()]
+
+
+def _check_ranks(file: Path, ranks: Mapping[bytes, int]) -> None:
+    """ValueError where a file of Meta's ranks beside tokenizer.json is another model's."""
+    data = read_bytes(str(file)) if file.is_file() else b""
+    lines = 0 if is_sentencepiece(data) else sum(1 for line in data.split(b"\n") if line.strip())
+    if lines and lines != len(ranks):
+        raise ValueError(
+            f"the tokenizer has {lines + 256} tokens by {file.name} beside it, which holds {lines} "
+            f"ranks, and {len(ranks)} ranks here: they belong to different models, remove one"
+        )
 
 
 def _around(post: object) -> tuple[list[int], list[int]]:

@@ -137,11 +137,13 @@ def _byte_level(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> Toke
     eos = known.get(_STOPS[0]) if eos is None else eos
     if eos is None:
         raise ValueError("says no tokenizer.ggml.eos_token_id")
+    prefix, suffix = _around(file, bos, eos)
+    # an Instruct file calls its end of a turn the end of a text; both stop, only one ends a text
+    eos = known.get(_STOPS[0], eos)
     stops = {ids[key] for key in _STOP_KEYS} | {known.get(name) for name in _STOPS}
     for token in (bos, eos, *stops):
-        if token is not None:  # also where the file calls it an ordinary token
-            added[token] = AddedToken(tokens[token], token, special=True)
-    prefix, suffix = _around(file, bos, eos)
+        if token in added:  # also where the file calls it a user's word
+            added[token] = added[token]._replace(special=True)
     special = {word.content: word.id for word in added.values() if word.special}
     return Tokenizer.from_ranks(
         ranks,
