@@ -7,7 +7,7 @@ a list of merges besides; ids alone say the same, for tokens are numbered in the
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from llama.added import AddedToken
@@ -238,6 +238,25 @@ def vocabulary(tokenizer: TextTokenizer, size: int) -> Vocabulary:
         if out.scores is not None:
             out.scores.append(-10000.0)
     return out
+
+
+def named_ids(
+    said: Vocabulary, tokenizer: TextTokenizer, stops: Collection[int], size: int
+) -> dict[str, int]:
+    """The ids that a file names: what begins and ends a text, what templates call tokens, and under
+    eot and eom what else ends an answer, as far as there is place; readers know some by name."""
+    ids = dict(said.ids)
+    if not tokenizer.prefix and "bos_token" not in tokenizer.names:
+        ids.pop("bos_token_id", None)
+    known = {word.content: word.id for word in tokenizer.added}
+    for key, name in _NAMES.items():
+        if key not in ids and tokenizer.names.get(name) in known:
+            ids[key] = known[tokenizer.names[name]]
+    told = {ids[key] for key in _STOP_KEYS if key in ids}
+    left = [t for t in sorted(stops) if t < size and t not in told and said.tokens[t] not in _STOPS]
+    free = [key for key in ("eot_token_id", "eom_token_id") if key not in ids]
+    ids |= dict(zip(free, left, strict=False))
+    return {key: token for key, token in ids.items() if token < size}
 
 
 def _spelled(tokenizer: Tokenizer) -> Vocabulary:

@@ -15,9 +15,8 @@ import torch
 
 from llama.checkpoint.meta import check_shards, write_meta
 from llama.checkpoint.source import Checkpoint
+from llama.checkpoint.tokenizer_write import meta_file
 from llama.progress import progress
-from llama.tokenizer import Tokenizer
-from llama.tokenizer_json import ranks_file
 
 _BLOCK = 2**22
 
@@ -36,11 +35,7 @@ def reshard(
     that cannot be done, before anything is written where that can be known.
     """
     check_shards(checkpoint.args, shards)
-    path, ranks = checkpoint.tokenizer_path, None
-    if path is not None and path.suffix != ".json":
-        ranks = path.read_bytes()
-    elif isinstance(tokenizer := checkpoint.open_tokenizer(), Tokenizer):
-        ranks = ranks_file(tokenizer)
+    ranks = meta_file(checkpoint)
     wanted = dtype or checkpoint.dtype
     size = checkpoint.parameters * wanted.itemsize
     with new_folder(dst, size) as part:
