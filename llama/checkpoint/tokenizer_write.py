@@ -193,15 +193,13 @@ def changes(before: Checkpoint, after: Checkpoint, tokenizer: TextTokenizer) -> 
         for each, checkpoint in ((tokenizer, before), (became, after))
     )
     rows = before.args.vocab_size
-    lost = sorted(
-        token for token in ours - theirs if token < rows and not _is_reserved(words.get(token))
-    )
+    lost = sorted(token for token in ours - theirs if token < rows)
     if lost:
         yield f"these tokens no longer end an answer: {', '.join(map(str, lost[:8]))}"
     for what, was, now in (
         ("what stands before a text", tokenizer.prefix, became.prefix),
         ("what stands after a text", tokenizer.suffix, became.suffix),
-        ("the token of a text's end", tokenizer.eos_id, became.eos_id),
+        ("eos_token", tokenizer.names.get("eos_token", ""), became.names.get("eos_token", "")),
     ):
         if was != now:
             yield f"{what} was {_shown(was)} and is {_shown(now)}"
@@ -213,14 +211,14 @@ def changes(before: Checkpoint, after: Checkpoint, tokenizer: TextTokenizer) -> 
         yield f"texts such as {text!r:.60} have other ids"
     template = before.chat_template
     if after.chat_template != template and isinstance(
-        choose_format(tokenizer, template), TemplateFormat
+        choose_format(tokenizer, template, before.stop_token_ids), TemplateFormat
     ):
         yield "the chat template is not written"
 
 
-def _is_reserved(word: AddedToken | None) -> bool:
+def _is_reserved(word: AddedToken) -> bool:
     """Llama 3 and 3.1 number these differently, and no text has them."""
-    return word is not None and word.content.startswith("<|reserved_special_token_")
+    return word.content.startswith("<|reserved_special_token_")
 
 
 def _how(word: AddedToken, now: AddedToken | None, byte_level: bool) -> str:
@@ -246,5 +244,5 @@ def _other_ids(before: TextTokenizer, after: TextTokenizer) -> str | None:
     return None
 
 
-def _shown(ids: int | Collection[int]) -> str:
-    return str(ids) if isinstance(ids, int) else ", ".join(map(str, ids)) or "nothing"
+def _shown(said: str | Collection[int]) -> str:
+    return f"{said!r:.60}" if isinstance(said, str) else ", ".join(map(str, said)) or "nothing"

@@ -51,7 +51,7 @@ def write_quantized(
         "version": VERSION,
         "recipe": described(recipe),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "stop_token_ids": list(checkpoint.stop_token_ids),
+        "stop_token_ids": _stop_token_ids(checkpoint),
         "chat_template": checkpoint.chat_template,
     }
     header = header_of(layout, {"format": "pt", KEY: json.dumps(said)})
@@ -78,6 +78,15 @@ def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     template, context = checkpoint.chat_template, checkpoint.args.context_length
     texts = copies(checkpoint, tokenizer) or files_of(tokenizer, template, context)
     return {name: as_bytes(name, text) for name, text in texts.items()}
+
+
+def _stop_token_ids(checkpoint: Checkpoint) -> list[int]:
+    """Those of the files beside the tokenizer; its own as well where it came inside a file, of
+    which its new files do not say them all."""
+    ids = list(checkpoint.stop_token_ids)
+    tokenizer = checkpoint.open_tokenizer() if checkpoint.tokenizer_path is None else None
+    own = () if tokenizer is None else tokenizer.stop_tokens
+    return ids + sorted(t for t in own if t not in ids and t < checkpoint.args.vocab_size)
 
 
 def _layout(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> _Layout:
