@@ -118,8 +118,9 @@ class MetaspaceTokenizer(PieceText):
     def token_bytes(self, token: int) -> bytes:
         token = check_id(token, max(self.n_words, self.rows))
         word = self._words_of.get(token)
-        if word is not None and (word.special or token not in self.tokens):
-            return b"" if word.special else word.content.replace(SPACE, " ").encode()
+        if word is not None:
+            whole = self._normalized(word.content) if word.normalized else word.content
+            return b"" if word.special else whole.replace(SPACE, " ").encode()
         if token in self._bytes:
             return bytes([self._bytes[token]])
         return self.tokens.get(token, "").replace(SPACE, " ").encode()
@@ -143,10 +144,9 @@ class MetaspaceTokenizer(PieceText):
         if not self.spaces.normalized:
             text = self._spaced(text, begins=begins)
         stretches = re.findall(f"{SPACE}?[^{SPACE}]*", text) if self.spaces.words else [text]
-        hidden = {word.content for word in self.added if word.special} | barred
         ids: list[int] = []
         for stretch in filter(None, stretches):
-            ids += self._merged(stretch, hidden)
+            ids += self._merged(stretch, barred)
         return ids
 
     def _merged(self, text: str, hidden: AbstractSet[str]) -> list[int]:

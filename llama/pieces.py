@@ -80,13 +80,16 @@ class PieceText(HasAddedWords, ABC):
         allows: Allows | None = None,
     ) -> list[int]:
         """Ids of a text with added words among the rest of it."""
+        hidden = (barred | self.special_tokens.keys()) - allowed
+        if allows is not None:
+            hidden |= barred
         ids: list[int] = []
         for part in self._words(allowed, barred).split(s, allows):
             if part.word is not None:
                 ids.append(part.word.id)
             else:  # halves of a pair of surrogates become one character, lone ones U+FFFD
                 whole = part.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                ids += self._text(whole, begins=part.start == 0, barred=barred)
+                ids += self._text(whole, begins=part.start == 0, barred=hidden)
         return ids
 
     @abstractmethod

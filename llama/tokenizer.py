@@ -222,8 +222,10 @@ class Tokenizer(HasAddedWords):
         )
         self._learn(added, names, self.model.n_vocab)
         self._gaps = {*range(self.n_words)} - ids - {word.id for word in added}
-        self._everywhere = any(word != AddedToken(*word[:2], special=True) for word in added)
-        self._hidden = {word.id for word in added if word.special and word.id in ids}
+        plain = all(word == AddedToken(*word[:2], special=True) for word in added)
+        self._everywhere = not plain or any(word.id in ids for word in added)
+        same = (word for word in added if ranks.get(word.content.encode()) == word.id)
+        self._ranked = {word.content: word for word in same}  # also made from their letters
         self.eos_id: int = self.special_tokens[eos]
         self.bos_id: int = self.eos_id if bos is None else self.special_tokens[bos]
         self.prefix = () if bos is None else (self.bos_id,)
@@ -277,7 +279,11 @@ class Tokenizer(HasAddedWords):
         allows: Allows | None = None,
     ) -> list[int]:
         """Ids of a text with added words among the rest of it."""
-        hidden = self._hidden | {w.id for w in self.added if w.content in barred}
+        hidden = {
+            word.id
+            for word in self._ranked.values()
+            if word.content in barred or (word.special and word.content not in allowed)
+        }
         ids: list[int] = []
         for part in self._words(allowed, barred).split(s, allows):
             if part.word is not None:

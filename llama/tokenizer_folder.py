@@ -76,13 +76,13 @@ class _Said:
         `own` are those of tokenizer.json, with the ids stated there; `rebuilt`: they are not added
         yet. `defaults` are names that hold where nothing is said.
         """
-        config = {**defaults, **self.config}
+        config = _with_map({**defaults, **self.config}, {})
         decoder: dict[int, AddedToken] = {}
         stated = config.get("added_tokens_decoder")
         if isinstance(stated, dict):
             decoder = {_number(key): _word(value) for key, value in stated.items()}
         else:
-            config |= self._map
+            config = _with_map(config, self._map)
             special = {_content(config.get(key)) for key in _NAMED} | {
                 _content(value) for value in _listed(config)
             }
@@ -116,12 +116,24 @@ class _Said:
         return [before] * (before is not None), [after] * (after is not None)  # type: ignore[list-item]
 
 
+def _with_map(config: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of special_tokens_map.json, the special tokens without a name of their
+    own under one key, whichever of its two names it has."""
+    out = {**config, **more}
+    old, new = "additional_special_tokens", "extra_special_tokens"
+    if isinstance(more.get(new), list) and isinstance(config.get(new), list):
+        out[new] = [*config[new], *(each for each in more[new] if each not in config[new])]
+    if old in out and (new not in out or (not more and not out[new])):
+        out[new] = out.pop(old)
+    return out
+
+
 def _listed(config: Mapping[str, Any]) -> list[Any]:
     """Special tokens that have no name of their own."""
-    for key in ("extra_special_tokens", "additional_special_tokens"):
-        if isinstance(config.get(key), list) and config[key]:
-            return list(config[key])
-    return []
+    listed = config.get("extra_special_tokens")
+    if isinstance(listed, dict):
+        listed = config.get("additional_special_tokens")
+    return list(listed) if isinstance(listed, list) else []
 
 
 def _content(value: object) -> str:
@@ -394,7 +406,7 @@ def _of_pieces(data: bytes, said: _Said) -> MetaspaceTokenizer:
         names = dict(zip(names, control, strict=False))
     vocabulary = _Vocabulary(vocab)
     words, names = said.tokens([], {"unk_token": "<unk>", **names})
-    vocabulary.add(words)
+    vocabulary.add(words if known else (word._replace(normalized=False) for word in words))
     vocabulary.add(word for word in own if word.content not in vocabulary.words)
     bos, eos = _ends(vocabulary.words, names)
     vocabulary.special((bos, eos))
