@@ -18,6 +18,7 @@ from llama.llama2 import SentencePieceTokenizer, tokenizer_files
 from llama.metaspace import MetaspaceTokenizer
 from llama.pieces import UNKNOWN, pieces_of
 from llama.ranks import is_sentencepiece
+from llama.strict_json import parse_object, read_json
 from llama.templates import TemplateFormat, choose_format
 from llama.tokenizer import TextTokenizer, Tokenizer
 from llama.tokenizer_json import ranks_file, tokenizer_json
@@ -38,7 +39,7 @@ def copies(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> Texts:
     texts: Texts = {file.name: file.read_bytes() for file in sorted(every)}
     settings = texts.get("tokenizer_config.json", b"{}")
     assert isinstance(settings, bytes)
-    said = json.loads(settings).get("chat_template")
+    said = parse_object(settings.decode()).get("chat_template")
     if checkpoint.chat_template is not None and not said:
         texts.setdefault(_TEMPLATE, checkpoint.chat_template.encode())
     return texts
@@ -185,8 +186,9 @@ def changes(before: Checkpoint, after: Checkpoint, tokenizer: TextTokenizer) -> 
         return
     words, found = ({word.id: word for word in each.added} for each in (tokenizer, became))
     for token, word in words.items():
-        how = _how(word, found.get(token), isinstance(tokenizer, Tokenizer))
-        if how and not _is_reserved(word):
+        how = _how(word, found.get(token))
+        unknown = word.content == tokenizer.names.get("unk_token") and "unk_token" in became.names
+        if how and not (unknown or _is_reserved(word)):
             yield f"the added token {word.content!r:.60} (id {token}) {how}"
     ours, theirs = (
         {*each.stop_tokens, *checkpoint.stop_token_ids}
@@ -214,6 +216,20 @@ def changes(before: Checkpoint, after: Checkpoint, tokenizer: TextTokenizer) -> 
         choose_format(tokenizer, template, before.stop_token_ids), TemplateFormat
     ):
         yield "the chat template is not written"
+    several = _templates(before) - _templates(after)
+    if several:
+        yield f"these chat templates are not written: {', '.join(sorted(several)):.200}"
+
+
+def _templates(checkpoint: Checkpoint) -> set[str]:
+    """The names of further chat templates that a folder has."""
+    if checkpoint.path is None or not checkpoint.path.is_dir():
+        return set()
+    file = checkpoint.path / "tokenizer_config.json"
+    said = read_json(file, 2**24).get("chat_template") if file.is_file() else None
+    every = said if isinstance(said, list) else []
+    names = {str(each.get("name")) for each in every if isinstance(each, dict)}
+    return names - {"default"}
 
 
 def _is_reserved(word: AddedToken) -> bool:
@@ -221,14 +237,14 @@ def _is_reserved(word: AddedToken) -> bool:
     return word.content.startswith("<|reserved_special_token_")
 
 
-def _how(word: AddedToken, now: AddedToken | None, byte_level: bool) -> str:
-    """What is other with a word now; nothing is normalized before byte-level BPE."""
+def _how(word: AddedToken, now: AddedToken | None) -> str:
+    """What is other with a word now. Whether it is normalized shows in the ids of a text."""
     if now is None or now.content != word.content:
         return "is no added token"
     if now.special != word.special:
         return "is special now" if now.special else "is not special any more"
     pairs = zip(word._fields, word, now, strict=True)
-    flags = [name for name, a, b in pairs if a != b and not (byte_level and name == "normalized")]
+    flags = [name for name, a, b in pairs if a != b and name != "normalized"]
     return f"loses what it says of {', '.join(flags)}" if flags else ""
 
 
