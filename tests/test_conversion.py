@@ -232,6 +232,69 @@ def test_the_named_end_stops_in_every_format(tmp_path):
         assert 1537 in Llama.build(path, device="cpu").engine.stop_token_ids
 
 
+# --- commands take what they wrote, and one process of several writes it
+
+
+@pytest.mark.parametrize("kind", ["hf", "meta", "gguf", "int8"])
+def test_every_command_takes_what_was_written(tmp_path, shell, kind):
+    source = layout(tmp_path / "source")
+    dst = tmp_path / "written"  # without .gguf, as well
+    how = ["convert", source, dst, "--format", kind]
+    if kind == "int8":
+        how = ["quantize", source, dst, "--quantize", "int8", "--device", "cpu"]
+    assert shell(*how)[0] == 0
+    assert shell("info", dst)[0] == 0
+    assert shell("tokenize", "the", "--ckpt_dir", dst)[0] == 0
+    assert shell("complete", "the", "--ckpt_dir", dst, "--max_gen_len", 1)[0] == 0
+    assert shell("convert", dst, tmp_path / "again", "--format", "hf")[0] == 0
+    status, out, error = shell("verify", dst)
+    if kind == "gguf":
+        assert (status, out) == (1, "")
+        assert "is not a folder; a checklist lists files beside it" in error
+        return
+    assert (status, error) == (0, "")
+    assert "all files are what the checklist says" in out
+    largest = max(dst.iterdir(), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"?")
+    status, _, error = shell("verify", dst)
+    assert status == 1
+    assert f"{largest} does not match" in error
+    if kind == "hf":
+        (dst / "other.safetensors").write_bytes(b"")
+        assert "other.safetensors is in no checklist" in shell("verify", dst)[2]
+
+
+def test_a_folder_without_a_checklist_is_told_who_writes_one(tmp_path, shell):
+    status, _, error = shell("verify", layout(tmp_path / "source"))
+    assert status == 1
+    assert "convert, reshard and quantize write" in error
+
+
+def test_one_process_of_several_writes_and_speaks(tmp_path, shell, monkeypatch):
+    source = layout(tmp_path / "source")
+    commands = {
+        "info": [source],
+        "tokenize": ["the"],
+        "verify": [],
+        "convert": [source, tmp_path / "hf", "--format", "hf"],
+        "quantize": [source, tmp_path / "int8", "--quantize", "int8", "--device", "cpu"],
+        "reshard": [DEMO, tmp_path / "two", "--shards", "2"],
+    }
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        for name, arguments in commands.items():
+            status, out, _ = shell(name, *arguments)
+            assert (status, bool(out)) == (0, rank == "0"), name
+        assert {file.name for file in tmp_path.iterdir()} == (
+            {"source"} if rank == "1" else {"source", "hf", "int8", "two"}
+        )
+    monkeypatch.setenv("RANK", "one")
+    status, _, error = shell("info", source)
+    assert status == 1
+    assert "RANK='one', no whole number" in error
+
+
 # --- SentencePiece
 
 
