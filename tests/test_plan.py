@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import types
 from pathlib import Path
@@ -220,3 +222,25 @@ def test_a_system_that_says_only_how_much_there_is(monkeypatch):
     sizes = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__, raising=False)
     assert plan_module.free_memory("cpu") == 4096000
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info", "DEMO"],
+        ["complete", "The", "--max_gen_len", "1"],
+        ["quantize", "DEMO", "OUT", "--quantize", "int8", "--device", "cpu"],
+        ["chat", "--max_gen_len", "1"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_need_nothing_that_only_some_systems_have(tmp_path, command):
+    demo = Path(plan_module.__file__).parents[1] / "demo"
+    words = {"DEMO": str(demo), "OUT": str(tmp_path / "out")}
+    script = Path(__file__).with_name("other_system.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *(words.get(word, word) for word in command)],
+        input="hello\n", capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout

@@ -58,7 +58,10 @@ def new_folder(dst: str | Path, size: int) -> Iterator[Path]:
     dst = Path(dst)
     part = _beside(dst)
     existing = next(folder for folder in dst.absolute().parents if folder.exists())
-    free = shutil.disk_usage(existing).free
+    try:
+        free = shutil.disk_usage(existing).free
+    except (OSError, AttributeError):  # what does not say is full when it is full
+        free = size
     if free < size:
         raise ValueError(
             f"{dst} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free"
