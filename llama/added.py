@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Literal, NamedTuple
 
-import regex
+import regex  # type: ignore[import-untyped]
 
 
 class AddedToken(NamedTuple):
@@ -83,9 +83,9 @@ class AddedWords:
             if word.single_word and within:
                 continue
             if word.lstrip:
-                start = max(done, _SPACE_BEFORE.match(text, 0, start).start())  # type: ignore[union-attr]
+                start = max(done, _SPACE_BEFORE.match(text, 0, start).start())
             if word.rstrip:
-                stop = _SPACE_AFTER.match(text, stop).end()  # type: ignore[union-attr]
+                stop = _SPACE_AFTER.match(text, stop).end()
             if done < start:
                 yield Part(max(0, base + done), text[done:start], None)
             if start < stop:
@@ -123,9 +123,7 @@ class HasAddedWords:
     stated: bool = False  # whether the files say which added word has which id
     _cached: dict[tuple[frozenset[str], frozenset[str]], AddedWords]
 
-    def _learn(
-        self, added: Iterable[AddedToken], names: Mapping[str, str], n_words: int
-    ) -> None:
+    def _learn(self, added: Iterable[AddedToken], names: Mapping[str, str], n_words: int) -> None:
         self.added = tuple(sorted(added, key=lambda word: word.id))
         self.special_tokens = {word.content: word.id for word in self.added if word.special}
         self.names = dict(names)
@@ -162,9 +160,7 @@ class HasAddedWords:
             )
         return self._cached[key]
 
-    def encode_rendered(
-        self, s: str, control: AbstractSet[str], allows: Allows
-    ) -> list[int]:
+    def encode_rendered(self, s: str, control: AbstractSet[str], allows: Allows) -> list[int]:
         """Ids of what a template wrote: of the `control` words those that `allows` takes are found,
         and every other added word that is not special."""
         return self._check_rows(self._mixed(s, control, control, allows))

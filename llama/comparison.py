@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama.cache import Batch
 from llama.generation import Llama
-from llama.perplexity import Score, check_window, score, windows
+from llama.perplexity import Score, begin_of, check_window, score, windows
 from llama.progress import progress
 from llama.sampling import SamplingParams
 
@@ -109,15 +109,17 @@ def compare(
     sizes = [each.model.params.vocab_size for each in (llama, other)]
     if ids != theirs or sizes[0] != sizes[1]:
         raise ValueError("the two models have different tokenizers, so they cannot be compared")
-    if not ids:
+    begin = begin_of(llama)
+    count = len(ids) - (begin is None)
+    if count < 1:
         raise ValueError("the text is empty: there is nothing to score")
     found = Difference()
-    with progress("comparing", len(ids), unit="tokens", enabled=show_progress) as advance:
-        for some, new in windows(ids, llama.tokenizer.bos_id, window, stride):
+    with progress("comparing", count, unit="tokens", enabled=show_progress) as advance:
+        for some, new in windows(ids, begin, window, stride):
             _add(found, llama, other, some, new)
             advance(new)
     size = len(text.encode("utf-8", "replace"))
-    scores = [Score(len(ids), size, total, squares, window, stride)
+    scores = [Score(count, size, total, squares, window, stride)
               for total, squares in zip(found.totals, found.errors, strict=True)]  # fmt: skip
     return found, scores[0], scores[1]
 

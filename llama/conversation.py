@@ -155,7 +155,9 @@ class Conversation:
     def _parse(self, messages: Sequence[Any]) -> "Conversation":
         out = Conversation(self.formatter)
         if messages:
-            self.formatter.encode_dialog_prompt([_without_ids(each) for each in messages])  # its errors name the message
+            self.formatter.encode_dialog_prompt(
+                [_without_ids(each) for each in messages]
+            )  # its errors name the message
         if messages and messages[0]["role"] == "system":
             out.set_system(messages[0]["content"])
             messages = messages[1:]

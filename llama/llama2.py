@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from llama.added import AddedToken
+from llama.dialog import Dialog, check_dialog, has_more
 from llama.pieces import PieceText
 from llama.ranks import is_sentencepiece, read_bytes
 from llama.tokenizer import (
     ChatFormat,
-    Dialog,
     DialogFormat,
     TextTokenizer,
     Tokenizer,
     Version,
-    check_dialog,
     check_id,
     control_words,
-    has_more,
 )
 from llama.tokenizer_folder import BESIDE, read_folder
 
@@ -100,7 +98,11 @@ class SentencePieceTokenizer(PieceText):
         self.stop_tokens = {self.eos_id}
         self.prefix, self.suffix = (self.bos_id,), ()
         control = filter(self.model.is_control, range(n_words))
-        ends = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.model.unk_id()}
+        ends = {
+            "bos_token": self.bos_id,
+            "eos_token": self.eos_id,
+            "unk_token": self.model.unk_id(),
+        }
         self._learn(
             [AddedToken(self.model.id_to_piece(token), token, special=True) for token in control],
             {key: self.model.id_to_piece(token) for key, token in ends.items() if token >= 0},
@@ -181,7 +183,7 @@ class Llama2ChatFormat:
         for asked, answered in zip(turns[::2], turns[1::2], strict=False):
             text = f"[INST] {asked} [/INST] {answered} "
             ids += [*begin, *self.encode_content(text), self.tokenizer.eos_id]
-        return ids + [*begin, *self.encode_content(f"[INST] {turns[-1]} [/INST]")]
+        return [*ids, *begin, *self.encode_content(f"[INST] {turns[-1]} [/INST]")]
 
 
 def _load(data: bytes, path: str) -> Any:  # noqa: ANN401

@@ -2,7 +2,7 @@
 
 Scores through the engine and keeps sums only, so memory does not grow with the text. Refuses to
 know files. The surprising thing: every window begins with the begin-of-text token, wherever in the
-text it lies, since a model has never seen a beginning without it.
+text it lies, since a model has never seen a beginning without it; unless its tokenizer has none.
 """
 
 import math
@@ -77,18 +77,28 @@ def check_window(window: int, stride: int | None) -> int:
     return stride
 
 
-def windows(ids: list[int], bos: int, window: int, stride: int) -> Iterator[tuple[list[int], int]]:
+def windows(
+    ids: list[int], bos: int | None, window: int, stride: int
+) -> Iterator[tuple[list[int], int]]:
     """Windows over `ids`, and how many tokens at the end of each have not been in one before.
 
     Each is begin-of-text and up to window - 1 ids; the first scores all of its ids, the others
-    `stride`, after window - 1 - stride ids that they only look at.
+    `stride`, after window - 1 - stride ids that they only look at. Without begin-of-text (None)
+    nothing stands before the first id, and it is not scored.
     """
-    end = min(window - 1, len(ids))
-    yield [bos, *ids[:end]], end
+    begin = [] if bos is None else [bos]
+    room = window - len(begin)
+    end = min(room, len(ids))
+    yield [*begin, *ids[:end]], end if begin else end - 1
     while end < len(ids):
         new = min(stride, len(ids) - end)
         end += new
-        yield [bos, *ids[max(0, end - window + 1) : end]], new
+        yield [*begin, *ids[max(0, end - room) : end]], new
+
+
+def begin_of(llama: Llama) -> int | None:
+    """What windows begin with: begin-of-text, where the tokenizer puts it before texts."""
+    return llama.tokenizer.bos_id if llama.tokenizer.prefix else None
 
 
 def score(
@@ -103,11 +113,13 @@ def score(
     if window > room:
         raise ValueError(f"window is {window}; this model was built for {room} tokens")
     ids = llama.tokenizer.encode(text, bos=False, eos=False)
-    if not ids:
+    begin = begin_of(llama)
+    count = len(ids) - (begin is None)
+    if count < 1:
         raise ValueError("the text is empty: there is nothing to score")
     total = squares = 0.0
-    every = windows(ids, llama.tokenizer.bos_id, window, stride)
-    with progress("scoring", len(ids), unit="tokens", enabled=show_progress) as advance:
+    every = windows(ids, begin, window, stride)
+    with progress("scoring", count, unit="tokens", enabled=show_progress) as advance:
         while some := list(islice(every, slots)):
             _, scores = llama.generate([w for w, _ in some], 0, logprobs=True, echo=True)
             assert scores is not None
@@ -115,4 +127,4 @@ def score(
                 total -= math.fsum(row[-new:])
                 squares += math.fsum(x * x for x in row[-new:])
                 advance(new)
-    return Score(len(ids), len(text.encode("utf-8", "replace")), total, squares, window, stride)
+    return Score(count, len(text.encode("utf-8", "replace")), total, squares, window, stride)

@@ -323,7 +323,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             value,
             ensure_ascii=False,
             indent=indent,
-            separators=pair,  # type: ignore[arg-type]
+            separators=pair,
             sort_keys=bool(sort_keys),
         )
         return _ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text

@@ -15,20 +15,10 @@ from itertools import islice
 from typing import Any
 
 from llama.added import AddedToken
+from llama.dialog import ROLES, Dialog, check_dialog, check_messages, check_role, has_more
 from llama.llama2 import chat_format
 from llama.sandbox import BoundedTemplate
-from llama.tokenizer import (
-    ROLES,
-    Dialog,
-    DialogFormat,
-    TextTokenizer,
-    Tokenizer,
-    check_dialog,
-    check_messages,
-    check_role,
-    control_words,
-    has_more,
-)
+from llama.tokenizer import DialogFormat, TextTokenizer, Tokenizer, control_words
 
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}"
@@ -247,7 +237,8 @@ class TemplateFormat:
 def _check_turns(dialog: object) -> None:
     """ValueError where `dialog` is not a list of messages that a template may be given."""
     check_messages(dialog)
-    for index, message in enumerate(dialog):  # type: ignore[arg-type]
+    assert isinstance(dialog, Sequence)
+    for index, message in enumerate(dialog):
         where = f"message {index} of the dialog: "
         said = message.get("content", "") if isinstance(message, Mapping) else ""
         if has_more([message]) and (said is None or isinstance(said, (str, list))):

@@ -14,30 +14,19 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import count
-from typing import Literal, Protocol, TypedDict
+from typing import Literal, Protocol
 
 import tiktoken
 
 from llama.added import AddedToken, Allows, HasAddedWords, check_disallowed
+from llama.dialog import ROLES as ROLES
+from llama.dialog import Dialog as Dialog
+from llama.dialog import Message as Message
+from llama.dialog import Role as Role
+from llama.dialog import check_dialog, check_message, has_more
 from llama.ranks import parse_ranks, read_bytes
 
-Role = Literal["system", "user", "assistant", "ipython", "tool"]
-
-
-class Message(TypedDict):
-    role: Role
-    content: str
-
-
-Dialog = Sequence[Message]
-
 Version = Literal["3", "3.1"]
-
-# Who may speak. "ipython" is how Llama 3.1 writes what a tool answers; "tool" is written so too.
-ROLES: dict[Version, tuple[Role, ...]] = {
-    "3": ("system", "user", "assistant"),
-    "3.1": ("system", "user", "assistant", "ipython", "tool"),
-}
 
 # Offsets after the last rank. The other places of the 256 are reserved tokens, counted from 0.
 _NAMED_SPECIAL_TOKENS: dict[Version, dict[int, str]] = {
@@ -110,9 +99,7 @@ class TextTokenizer(Protocol):
 
     def encode_plain(self, s: str, barred: AbstractSet[str]) -> list[int]: ...
 
-    def encode_rendered(
-        self, s: str, control: AbstractSet[str], allows: Allows
-    ) -> list[int]: ...
+    def encode_rendered(self, s: str, control: AbstractSet[str], allows: Allows) -> list[int]: ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
@@ -148,7 +135,8 @@ class Tokenizer(HasAddedWords):
         special = llama3_special_tokens(len(ranks), version)
         added = [AddedToken(name, token, special=True) for name, token in special.items()]
         names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-        self._set_up(ranks, added, os.path.basename(path), version, *names.values(), names)
+        bos, eos = names.values()
+        self._set_up(ranks, added, os.path.basename(path), version, bos, eos, names)
 
     @classmethod
     def from_ranks(
@@ -389,7 +377,7 @@ class ChatFormat:
         return self.tokenizer.encode_plain(text, self._control)
 
     def encode_header(self, message: Message) -> list[int]:
-        _check_message(message, self.roles, "role")
+        check_message(message, self.roles, "role")
         special = self.tokenizer.special_tokens
         role = "ipython" if message["role"] == "tool" else message["role"]
         return [
@@ -400,7 +388,7 @@ class ChatFormat:
         ]
 
     def encode_message(self, message: Message) -> list[int]:
-        _check_message(message, self.roles, "role", "content")
+        check_message(message, self.roles, "role", "content")
         return [
             *self.encode_header(message),
             *self.encode_content(message["content"].strip()),
@@ -421,78 +409,11 @@ class ChatFormat:
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
 
-# Keys of a message that say something to a model; other keys are notes of whoever keeps the dialog.
-_MEANT = (
-    "tool_calls", "tool_call_id", "function_call", "name", "tools", "documents",
-    "reasoning_content", "reasoning", "thinking",
-)  # fmt: skip
-
-
 def control_words(tokenizer: TextTokenizer) -> frozenset[str]:
     """Added words that end a text or a turn or have a name, special or not."""
     named = {*tokenizer.names.values()}
     ends = {*tokenizer.stop_tokens, tokenizer.eos_id, tokenizer.bos_id}
     return frozenset(w.content for w in tokenizer.added if w.id in ends or w.content in named)
-
-
-def has_more(dialog: object) -> bool:
-    """Whether a message has more than a role and a text, so that only a template can say it."""
-    messages = dialog if isinstance(dialog, Sequence) else ()
-    return any(
-        isinstance(message, Mapping)
-        and (
-            any(value is not None for key, value in message.items() if key not in _TEXT)
-            or not isinstance(message.get("content"), str)
-        )
-        for message in messages
-    )
-
-
-_TEXT = ("role", "content")
-
-
-def check_messages(dialog: object) -> None:
-    """ValueError where `dialog` is not a list, or an empty one."""
-    if isinstance(dialog, (str, Mapping)) or not isinstance(dialog, Sequence):
-        raise ValueError(f"a dialog is a list of messages, got {type(dialog).__name__}")
-    if not dialog:
-        raise ValueError("the dialog is empty: it needs at least one message")
-
-
-def check_dialog(dialog: object, roles: Sequence[Role], first: int = 0) -> None:
-    """ValueError where `dialog` is not a list of messages of text alone, naming the index of a
-    wrong one, counted from `first`."""
-    check_messages(dialog)
-    assert isinstance(dialog, Sequence)
-    for index, message in enumerate(dialog, start=first):
-        where = f"message {index} of the dialog: "
-        _check_message(message, roles, "role", "content", where=where)
-        for key in _MEANT:
-            if message.get(key):
-                raise ValueError(
-                    f"{where}this model's chat format has no place for its key {key!r}: leave it "
-                    "out, or say it in the content"
-                )
-
-
-def _check_message(message: object, roles: Sequence[Role], *keys: str, where: str = "") -> None:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{where}a message is a dict, got {type(message).__name__}")
-    for key in keys:
-        if key not in message:
-            raise ValueError(f"{where}no {key!r} among its keys {list(message)}")
-    check_role(message, roles, where)
-    if "content" in keys and not isinstance(message["content"], str):
-        raise ValueError(f"{where}content is a str, got {type(message['content']).__name__}")
-
-
-def check_role(message: Mapping[str, object], roles: Sequence[Role], where: str) -> None:
-    """ValueError where a message is of nobody who may speak."""
-    if "role" not in message:
-        raise ValueError(f"{where}no 'role' among its keys {list(message)}")
-    if message["role"] not in roles:
-        known = ", ".join(roles)
-        raise ValueError(f"{where}unknown role {message['role']!r}: the roles are {known}")
 
 
 def check_encode(

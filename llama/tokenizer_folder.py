@@ -9,6 +9,7 @@ or else the next that is free.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,7 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_FILE = 2**26  # bytes of a tokenizer.json; Llama 3's has 17 MB in its longest spelling
 BESIDE = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-_NAMED = tuple(
-    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -83,11 +82,11 @@ class _Said:
             decoder = {_number(key): _word(value) for key, value in stated.items()}
         else:
             config = _with_map(config, self._map)
-            special = {_content(config.get(key)) for key in _NAMED} | {
+            named_texts = {_content(config.get(key)) for key in _NAMED} | {
                 _content(value) for value in _listed(config)
             }
             for text, number in self._words.items():
-                known = text in special
+                known = text in named_texts
                 decoder[_number(number)] = AddedToken(text, -1, known, not known)
             decoder |= {word.id: word for word in own}
         told = {word.content: word for word in decoder.values()}
@@ -100,10 +99,10 @@ class _Said:
             named |= {str(key): _word(value, special=True) for key, value in further.items()}
         named = {key: named[key] for key in (*_NAMED, *named) if key in named}
         words = [decoder[number] for number in sorted(decoder)]
-        known = {word.content for word in (*words, *([] if rebuilt else own))}
+        seen = {word.content for word in (*words, *([] if rebuilt else own))}
         for word in (*named.values(), *(_word(value) for value in _listed(config))):
-            if word.content not in known:
-                known.add(word.content)
+            if word.content not in seen:
+                seen.add(word.content)
                 words.append(word)
         contents = {word.content for word in named.values()}
         words = [w._replace(special=True) if w.content in contents else w for w in words]
@@ -181,8 +180,8 @@ class _Vocabulary:
     def special(self, names: Iterable[str | None]) -> None:
         """Make words special that name the begin or the end of a text."""
         for name in names:
-            if name in self.words:
-                self.words[name] = self.words[name]._replace(special=True)  # type: ignore[index]
+            if name is not None and name in self.words:
+                self.words[name] = self.words[name]._replace(special=True)
 
 
 def _ends(words: Mapping[str, AddedToken], names: Mapping[str, str]) -> tuple[str | None, str]:
@@ -291,8 +290,9 @@ def _around(post: object) -> tuple[list[int], list[int]]:
     """The ids before and after a text that a post_processor puts there."""
     if post is None:
         return [], []
-    kind = post.get("type") if isinstance(post, dict) else None
-    assert isinstance(post, dict) or kind is None
+    if not isinstance(post, dict):
+        raise ValueError("its post_processor is not understood")
+    kind = post.get("type")
     try:
         if kind == "ByteLevel":
             return [], []
@@ -309,7 +309,7 @@ def _around(post: object) -> tuple[list[int], list[int]]:
             places = [step.get("SpecialToken", {}).get("id") for step in post["single"]]
             at = next(i for i, step in enumerate(post["single"]) if "Sequence" in step)
             ids = [[] if name is None else post["special_tokens"][name]["ids"] for name in places]
-            return sum(ids[:at], []), sum(ids[at:], [])
+            return [*chain.from_iterable(ids[:at])], [*chain.from_iterable(ids[at:])]
     except (KeyError, IndexError, TypeError, StopIteration, AttributeError, ValueError):
         raise ValueError("its post_processor is not understood") from None
     raise ValueError(f"has a post_processor of the kind {kind!r:.40}, which is not read")
@@ -346,8 +346,9 @@ def _rebuilt_spaces(said: _Said) -> Spaces:
 
 def _spaces(spec: Mapping[str, Any]) -> Spaces:
     """How a tokenizer.json writes spaces; ValueError for other ways than SentencePiece's."""
-    normalizers, pre = _steps(spec, "normalizer", "normalizers"), _steps(
-        spec, "pre_tokenizer", "pretokenizers"
+    normalizers, pre = (
+        _steps(spec, "normalizer", "normalizers"),
+        _steps(spec, "pre_tokenizer", "pretokenizers"),
     )
     decoders = _steps(spec, "decoder", "decoders")
     stripped = any(each.get("type") == "Strip" and each.get("start") for each in decoders) or any(
@@ -364,7 +365,8 @@ def _spaces(spec: Mapping[str, Any]) -> Spaces:
         if scheme is None:
             scheme = "always" if pre[0].get("add_prefix_space", True) else "never"
         if scheme in ("always", "first", "never") and pre[0].get("replacement", "▁") == "▁":
-            return Spaces(scheme, words=bool(pre[0].get("split", True)), stripped=stripped)
+            words = bool(pre[0].get("split", True))
+            return Spaces(scheme, words=words, stripped=stripped)  # type: ignore[arg-type]
     names = [str(each.get("type")) for each in (*normalizers, *pre)]
     raise ValueError(f"normalizes and splits text by {', '.join(names):.80}, which is not read")
 

@@ -559,7 +559,7 @@ def test_a_hugging_face_folder_answers_as_metas_does(folders):
     assert answers[0] == answers[1]
 
 
-def test_a_tokenizer_model_in_the_folder_goes_before_tokenizer_json(folders):
+def test_a_tokenizer_model_of_other_ranks_beside_tokenizer_json_is_refused(folders):
     write_tokenizer(folders / "hf/tokenizer.model", ["el"])
     with pytest.raises(ValueError, match="the tokenizer has 513 tokens"):
         Llama.build(folders / "hf")

@@ -29,10 +29,13 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 
 # Rooms from the ground up. A room imports from lower floors only, or from itself.
 FLOORS = (
-    {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json", "terminal"},
+    {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json", "terminal"}
+    | {"added", "dialog"},
     {"model", "tokenizer", "verify", "sandbox"},
-    {"streaming", "tokenizer_json", "settings"},
-    {"llama2"},
+    {"streaming", "byte_level", "pieces", "settings"},
+    {"metaspace"},
+    {"tokenizer_folder"},
+    {"tokenizer_json", "llama2"},
     {"templates"},
     {"conversation"},
     {"checkpoint"},
@@ -49,13 +52,14 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {
     "model": {"cache", "parallel"},
     "streaming": {"tokenizer"},
-    "conversation": {"tokenizer", "templates"},
+    "conversation": {"dialog", "tokenizer", "templates"},
     "verify": {"progress"},
     "sandbox": set(),
 }
 NO_TORCH = {
     "ranks", "tokenizer", "llama2", "streaming", "progress", "verify", "cli", "terminal",
-    "conversation", "strict_json", "tokenizer_json", "sandbox", "templates",
+    "conversation", "strict_json", "tokenizer_json", "sandbox", "templates", "added", "dialog",
+    "byte_level", "pieces", "metaspace", "tokenizer_folder",
 }  # fmt: skip
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along

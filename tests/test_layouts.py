@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
 from llama.byte_level import CHAR_OF, merges_of
-from llama.llama2 import open_tokenizer
 from llama.metaspace import merges_of_pieces
 from llama.tokenizer import Tokenizer
 from llama.tokenizer_json import tokenizer_json
@@ -24,15 +23,39 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROWS = 640  # of the tiny model's embedding
 LETTERS = [b"he", b"ll", b"hell", b"hello", b" t", b" th", b" the", b"us", b"er", b"user", b"  "]
-NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-         "<|eom_id|>", "<|eot_id|>", "<|reserved_0|>", "<|reserved_1|>"]  # fmt: skip
+NAMES = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|reserved_0|>",
+    "<|reserved_1|>",
+]
 RANKS = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), *LETTERS])}
 FIRST = len(RANKS)  # id of the first special token; the first free one is FIRST + 8
 FREE = FIRST + len(NAMES)
 BASE = Tokenizer.from_ranks(RANKS, {name: FIRST + i for i, name in enumerate(NAMES)})
 
-PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁▁", "▁t", "he", "ll",
-          "▁the", "hell", "hello", "▁hello", "us", "er", "user", *"▁theloruswaid.:,"]  # fmt: skip
+PIECES = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{b:02X}>" for b in range(256)),
+    "▁▁",
+    "▁t",
+    "he",
+    "ll",
+    "▁the",
+    "hell",
+    "hello",
+    "▁hello",
+    "us",
+    "er",
+    "user",
+    *"▁theloruswaid.:,",
+]
 VOCAB = {piece: i for i, piece in enumerate(PIECES)}
 PIECE = len(PIECES)  # the first free id of the other kind
 
@@ -41,8 +64,9 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ENDED = (
-    "{{ bos_token }}{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content | trim + eos_token"
-    " + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content | trim "
+    "+ eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### assistant:\n' }}"
+    "{% endif %}"
 )
 PADDED = "{% for m in messages %}{{ m.content + pad_token + unk_token }}{% endfor %}"
 ROLES = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}<|assistant|>"
@@ -56,25 +80,47 @@ TOOLS = (
 )
 CALLED = [
     {"role": "user", "content": "the weather?", "name": "anna"},
-    {"role": "assistant", "content": None, "tool_calls": [
-        {"type": "function", "function": {"name": "look", "arguments": {"town": "Köln", "at": 3}}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "type": "function",
+                "function": {"name": "look", "arguments": {"town": "Köln", "at": 3}},
+            }
+        ],
+    },
     {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
-]  # fmt: skip
+]
 TALK = [
     {"role": "user", "content": " hello the user "},
     {"role": "assistant", "content": "hello <tool> section5a größe"},
     {"role": "user", "content": "the\n"},
 ]
-TEXTS = ["hello the user: See section5a of it.", "x <tool> y<tool>  z", "größe section5ab 日本語 🙂",
-         "  <word> a<word>b <word>", "", " hello", "the\n\n user  ", "<|im_start|>user hello<|im_end|>",
-         "<pad>hello<pad> the"]  # fmt: skip
+TEXTS = [
+    "hello the user: See section5a of it.",
+    "x <tool> y<tool>  z",
+    "größe section5ab 日本語 🙂",
+    "  <word> a<word>b <word>",
+    "",
+    " hello",
+    "the\n\n user  ",
+    "<|im_start|>user hello<|im_end|>",
+    "<pad>hello<pad> the",
+]
 
 
 def word(content, number, special=False, **flags):
     """An entry of tokenizer.json's added_tokens."""
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    return {"id": number, "content": content, **plain, "normalized": not special,
-            "special": special, **flags}  # fmt: skip
+    return {
+        "id": number,
+        "content": content,
+        **plain,
+        "normalized": not special,
+        "special": special,
+        **flags,
+    }
 
 
 def words(*contents, at=FREE, **flags):
@@ -94,8 +140,10 @@ def metaspace(added=(), pre="first", normalizer=None, change=None, bos=True):
     """tokenizer.json of Llama 2's kind; `pre` None: a normalizer writes the spaces."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     if pre is None:
-        normalizer = {"type": "Sequence",
-                      "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}  # fmt: skip
+        normalizer = {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace],
+        }
     else:
         pre = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": pre, "split": False}
     begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * bos
@@ -105,17 +153,35 @@ def metaspace(added=(), pre="first", normalizer=None, change=None, bos=True):
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     special = [word(text, n, True) for n, text in enumerate(PIECES[:3])]
     spec = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [*special, *added],
-        "normalizer": normalizer, "pre_tokenizer": pre,
-        "post_processor": {"type": "TemplateProcessing", "single": [*begin, text],
-                           "pair": [*begin, text, second], "special_tokens": named},
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"},
-                                                     {"type": "Fuse"}, strip]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "byte_fallback": True, "ignore_merges": False, "vocab": VOCAB,
-                  "merges": [f"{a} {b}" for a, b in merges_of_pieces(VOCAB)]},
-    }  # fmt: skip
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [*special, *added],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*begin, text],
+            "pair": [*begin, text, second],
+            "special_tokens": named,
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": VOCAB,
+            "merges": [f"{a} {b}" for a, b in merges_of_pieces(VOCAB)],
+        },
+    }
     if change:
         change(spec)
     return spec
@@ -128,8 +194,12 @@ def renamed(spec):
 
 
 def without_bos(spec):
-    spec["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True,
-                              "trim_offsets": False, "use_regex": True}  # fmt: skip
+    spec["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
 
 
 def without_any(spec):
@@ -140,12 +210,19 @@ def with_eos(spec):
     post = spec["post_processor"]
     post["single"].append({"SpecialToken": {"id": "<|end_of_text|>", "type_id": 0}})
     post["special_tokens"]["<|end_of_text|>"] = {
-        "id": "<|end_of_text|>", "ids": [FIRST + 1], "tokens": ["<|end_of_text|>"]}  # fmt: skip
+        "id": "<|end_of_text|>",
+        "ids": [FIRST + 1],
+        "tokens": ["<|end_of_text|>"],
+    }
 
 
 def sequence(spec):
-    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
-             "use_regex": True}  # fmt: skip
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
     spec["post_processor"] = {"type": "Sequence", "processors": [level, spec["post_processor"]]}
 
 
@@ -159,22 +236,36 @@ def ranks_file():
     return ("\n".join(lines) + "\n").encode()
 
 
-LLAMA3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>",
-          "tokenizer_class": "PreTrainedTokenizerFast"}  # fmt: skip
-LLAMA2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-          "tokenizer_class": "LlamaTokenizer"}  # fmt: skip
+LLAMA3 = {
+    "bos_token": "<|begin_of_text|>",
+    "eos_token": "<|end_of_text|>",
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
+LLAMA2 = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "tokenizer_class": "LlamaTokenizer",
+}
 PLAIN = words("section5a", "<tool>", "größe")
 TURNS = words("<|im_start|>", "<|im_end|>", special=True)
 
 
 def layout(spec=None, said=LLAMA3, template=None, dialog=None, files=None, **config):
-    return {"spec": spec, "config": {**said, **config}, "template": template,
-            "dialog": dialog, "files": files or {}}  # fmt: skip
+    return {
+        "spec": spec,
+        "config": {**said, **config},
+        "template": template,
+        "dialog": dialog,
+        "files": files or {},
+    }
 
 
 def decoder(*entries, at=FREE):
-    return {str(at + n): {k: v for k, v in entry.items() if k != "id"} for n, entry in
-            enumerate(entries)}  # fmt: skip
+    return {
+        str(at + n): {k: v for k, v in entry.items() if k != "id"}
+        for n, entry in enumerate(entries)
+    }
 
 
 P2 = words("section5a", "<tool>", "größe", at=PIECE)
@@ -205,66 +296,94 @@ LAYOUTS = {
     ),
     "special map": layout(
         byte_level(PLAIN),
-        files={"special_tokens_map.json": {"eos_token": {"content": "<|eot_id|>", "lstrip": False,
-               "rstrip": False, "normalized": False, "single_word": False}, "pad_token": "<pad>"}},
+        files={
+            "special_tokens_map.json": {
+                "eos_token": {
+                    "content": "<|eot_id|>",
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "single_word": False,
+                },
+                "pad_token": "<pad>",
+            }
+        },
         template=ENDED,
-    ),  # fmt: skip
+    ),
     "further special": layout(byte_level(), additional_special_tokens=["<tool>", "section5a"]),
     "named special": layout(byte_level(), extra_special_tokens={"image_token": "<word>"}),
     "a model's file": layout(
-        byte_level((), renamed), template=CHATML, eos_token="<|im_end|>",
+        byte_level((), renamed),
+        template=CHATML,
+        eos_token="<|im_end|>",
         files={"tokenizer.model": ranks_file()},
-    ),  # fmt: skip
+    ),
     "ranks alone": layout(
-        template=CHATML, files={"tokenizer.model": ranks_file()}, eos_token="<|im_end|>",
-        added_tokens_decoder=decoder(*words(*NAMES[:6], "<|im_start|>", "<|im_end|>",
-                                            special=True), *PLAIN, at=FIRST),
-    ),  # fmt: skip
+        template=CHATML,
+        files={"tokenizer.model": ranks_file()},
+        eos_token="<|im_end|>",
+        added_tokens_decoder=decoder(
+            *words(*NAMES[:6], "<|im_start|>", "<|im_end|>", special=True), *PLAIN, at=FIRST
+        ),
+    ),
     "ranks with bos": layout(
-        files={"tokenizer.model": ranks_file()}, add_bos_token=True,
+        files={"tokenizer.model": ranks_file()},
+        add_bos_token=True,
         added_tokens_decoder=decoder(*words(*NAMES, special=True), at=FIRST),
-    ),  # fmt: skip
+    ),
     # begins and ends
     "no bos": layout(byte_level(PLAIN, without_bos), add_bos_token=False, template=CHATML),
     "nothing around": layout(byte_level(PLAIN, without_any)),
     "an eos": layout(byte_level(PLAIN, with_eos)),
     "a sequence": layout(byte_level(PLAIN, sequence), tokenizer_class="LlamaTokenizer"),
-    "no bos at all": layout(byte_level(TURNS, without_bos), bos_token=None, template=CHATML,
-                            eos_token="<|im_end|>"),  # fmt: skip
+    "no bos at all": layout(
+        byte_level(TURNS, without_bos), bos_token=None, template=CHATML, eos_token="<|im_end|>"
+    ),
     # templates
     "ChatML": layout(byte_level(TURNS), template=CHATML, eos_token="<|im_end|>"),
     "ChatML in words": layout(
         byte_level(words("<|im_start|>", "<|im_end|>", "<tool>")), template=CHATML
     ),
     "eot": layout(byte_level(PLAIN), template=ENDED, eos_token="<|eot_id|>"),
-    "pad and unk": layout(byte_level(words("<pad>", special=True)), template=PADDED,
-                          pad_token="<pad>", unk_token="<|reserved_0|>"),  # fmt: skip
+    "pad and unk": layout(
+        byte_level(words("<pad>", special=True)),
+        template=PADDED,
+        pad_token="<pad>",
+        unk_token="<|reserved_0|>",
+    ),
     "roles in words": layout(
         byte_level(words("<|user|>", "<|assistant|>", "<tool>")), template=ROLES
     ),
     "tools": layout(byte_level(PLAIN), template=TOOLS, dialog=CALLED),
-    "templates by name": layout(byte_level(PLAIN), template=[
-        {"name": "default", "template": ENDED}, {"name": "tool_use", "template": TOOLS}]),
+    "templates by name": layout(
+        byte_level(PLAIN),
+        template=[{"name": "default", "template": ENDED}, {"name": "tool_use", "template": TOOLS}],
+    ),
     # Llama 2's kind
     "pieces": layout(metaspace(), LLAMA2),
     "pieces with words": layout(metaspace(P2), LLAMA2, template=ENDED),
     "pieces and turns": layout(
-        metaspace([*words("<|im_start|>", "<|im_end|>", at=PIECE, special=True)]), LLAMA2,
-        template=CHATML, eos_token="<|im_end|>",
+        metaspace([*words("<|im_start|>", "<|im_end|>", at=PIECE, special=True)]),
+        LLAMA2,
+        template=CHATML,
+        eos_token="<|im_end|>",
         files={"tokenizer.model": b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"},
-    ),  # fmt: skip
+    ),
     "legacy pieces": layout(metaspace(P2, None), LLAMA2, legacy=True),
     "pieces as written": layout(
         metaspace(P2, None), LLAMA2, tokenizer_class="PreTrainedTokenizerFast", template=ENDED
     ),
-    "pieces always": layout(metaspace(P2, "always", bos=False), {
-        **LLAMA2, "tokenizer_class": "PreTrainedTokenizerFast"}),
+    "pieces always": layout(
+        metaspace(P2, "always", bos=False), {**LLAMA2, "tokenizer_class": "PreTrainedTokenizerFast"}
+    ),
     "pieces never": layout(metaspace(P2, "never"), LLAMA2, add_prefix_space=False),
     "pieces flagged": layout(
         metaspace(words("<tool>", "<word>", at=PIECE, lstrip=True, rstrip=True, normalized=False)),
-        LLAMA2, added_tokens_decoder=decoder(*words(*PIECES[:3], special=True),
-                                             word("<tool>", 0, rstrip=True), at=0),
-    ),  # fmt: skip
+        LLAMA2,
+        added_tokens_decoder=decoder(
+            *words(*PIECES[:3], special=True), word("<tool>", 0, rstrip=True), at=0
+        ),
+    ),
 }
 
 
@@ -273,11 +392,19 @@ def model(tmp_path_factory):
     """One tiny model of transformers, and its folder without a tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=ROWS, max_position_embeddings=256, rms_norm_eps=1e-5,
-        bos_token_id=FIRST, eos_token_id=[FIRST + 1, FIRST + 4], initializer_range=0.2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=ROWS,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        bos_token_id=FIRST,
+        eos_token_id=[FIRST + 1, FIRST + 4],
+        initializer_range=0.2,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     made = LlamaForCausalLM(config).eval()
     folder = tmp_path_factory.mktemp("layouts") / "model"
     made.save_pretrained(folder)
@@ -290,8 +417,9 @@ def write(given, folder: Path, model_folder: Path | None = None):
     else:
         folder.mkdir()
         (folder / "config.json").write_text('{"model_type": "llama"}')
-    config = given["config"] | ({} if given["template"] is None else
-                                {"chat_template": given["template"]})  # fmt: skip
+    config = given["config"] | (
+        {} if given["template"] is None else {"chat_template": given["template"]}
+    )
     files = {"tokenizer_config.json": config, **given["files"]}
     if given["spec"] is not None:
         files["tokenizer.json"] = given["spec"]
@@ -356,7 +484,10 @@ def gguf_file(path, theirs, *, eos=None, template=None, keys=(), more=(), rows=0
     `more` are tokens and their types after it; `keys` are calls of the writer.
     """
     added = theirs.added_tokens_decoder
-    tokens = theirs.convert_ids_to_tokens(range(len(theirs)))
+    tokens = [
+        added[n].content if n in added else theirs.convert_ids_to_tokens(n)
+        for n in range(len(theirs))
+    ]
     pieces = "<0x41>" in tokens
     kinds = [1 if n not in added else 3 if added[n].special else 4 for n in range(len(tokens))]
     for number in range(len(tokens)):
@@ -368,9 +499,15 @@ def gguf_file(path, theirs, *, eos=None, template=None, keys=(), more=(), rows=0
     for number in range(len(tokens), rows):
         tokens, kinds = [*tokens, f"[PAD{number}]"], [*kinds, 5]
     out = gguf.GGUFWriter(str(path), "llama")
-    sizes = {"block_count": 1, "context_length": 256, "embedding_length": 32,
-             "feed_forward_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2,
-             "rope.dimension_count": 8}  # fmt: skip
+    sizes = {
+        "block_count": 1,
+        "context_length": 256,
+        "embedding_length": 32,
+        "feed_forward_length": 64,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "rope.dimension_count": 8,
+    }
     for key, value in sizes.items():
         out.add_uint32(f"llama.{key}", value)
     out.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
@@ -396,9 +533,17 @@ def gguf_file(path, theirs, *, eos=None, template=None, keys=(), more=(), rows=0
         getattr(out, call)(*arguments)
     random = np.random.default_rng(0)
     shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,), "output": (len(tokens), 32)}
-    layer = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32),
-             "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,),
-             "ffn_norm": (32,)}  # fmt: skip
+    layer = {
+        "attn_q": (32, 32),
+        "attn_k": (16, 32),
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+        "ffn_gate": (64, 32),
+        "ffn_up": (64, 32),
+        "ffn_down": (32, 64),
+        "attn_norm": (32,),
+        "ffn_norm": (32,),
+    }
     shapes |= {f"blk.0.{part}": shape for part, shape in layer.items()}
     for part, shape in shapes.items():
         out.add_tensor(f"{part}.weight", random.normal(0, 0.2, shape).astype(np.float32))
@@ -411,9 +556,23 @@ def gguf_file(path, theirs, *, eos=None, template=None, keys=(), more=(), rows=0
 
 # Flags that GGUF cannot say are not among these, nor words beside pieces: SentencePiece and
 # llama.cpp write other spaces around them than transformers.
-IN_GGUF = ("plain", "words", "special words", "longest", "many", "decoder", "no bos",
-           "declared again", "a model's file", "ChatML", "ChatML in words", "eot", "pad and unk",
-           "roles in words", "pieces")  # fmt: skip
+IN_GGUF = (
+    "plain",
+    "words",
+    "special words",
+    "longest",
+    "many",
+    "decoder",
+    "no bos",
+    "declared again",
+    "a model's file",
+    "ChatML",
+    "ChatML in words",
+    "eot",
+    "pad and unk",
+    "roles in words",
+    "pieces",
+)
 
 
 @pytest.mark.parametrize("name", IN_GGUF)
@@ -452,8 +611,9 @@ def test_every_kind_of_token_of_a_gguf_file(tmp_path):
     more = [("<|im_end|>", 3), ("ordinary", 1), ("<gone>", 5), ("mine", 4), ("<odd>", 2)]
     path = gguf_file(tmp_path / "m.gguf", theirs, more=more, keys=[("add_eot_token_id", free + 1)])
     ours = Llama.build(path, device="cpu", max_seq_len=64).tokenizer
-    for text, (token, kind) in zip(("<|im_end|>", "ordinary", "<gone>", "mine", "<odd>"), more,
-                                   strict=True):  # fmt: skip
+    for text, (token, kind) in zip(
+        ("<|im_end|>", "ordinary", "<gone>", "mine", "<odd>"), more, strict=True
+    ):
         ids = ours.encode(f"a {text}.", bos=False, eos=False)
         number = free + [t for t, _ in more].index(token)
         assert (number in ids) == (kind == 4), (text, ids)
@@ -470,4 +630,7 @@ def test_a_gguf_file_says_what_stands_around_a_text(tmp_path, before, after):
     got = llama.text_completion(["hello"], max_gen_len=1, echo=True, logprobs=True, temperature=0)
     assert len(got[0]["tokens"]) in (1 + before + after, 2 + before + after)
     assert llama.tokenizer.encode("hello", bos=True, eos=after) == [
-        *[FIRST] * before, RANKS[b"hello"], *[FIRST + 1] * after]  # fmt: skip
+        *[FIRST] * before,
+        RANKS[b"hello"],
+        *[FIRST + 1] * after,
+    ]

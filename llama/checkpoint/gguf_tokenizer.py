@@ -70,8 +70,10 @@ def read_tokenizer(file: GGUFFile) -> TextTokenizer:
         tokens = _strings(file, "tokens")
         kinds = _numbers(file, "token_type", len(tokens)) or [NORMAL] * len(tokens)
         times = Counter(tokens)
-        while tokens and kinds[len(tokens) - 1] == UNUSED and (
-            tokens[-1].startswith("[PAD") or times[tokens[-1]] > 1
+        while (
+            tokens
+            and kinds[len(tokens) - 1] == UNUSED
+            and (tokens[-1].startswith("[PAD") or times[tokens[-1]] > 1)
         ):
             times[tokens.pop()] -= 1  # fills the rows of a matrix that no token needs
         twice = Counter(tokens).most_common(1)
@@ -134,18 +136,17 @@ def _byte_level(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> Toke
     _check_merges(file, tokens)
     ids, names = _named(file, tokens)
     known = {text: token for token, text in enumerate(tokens)}
-    bos, eos = ids["bos_token_id"], ids["eos_token_id"]
+    bos, said = ids["bos_token_id"], ids["eos_token_id"]
     bos = known.get(_BEGIN) if bos is None else bos
-    eos = known.get(_STOPS[0]) if eos is None else eos
+    # an Instruct file calls its end of a turn the end of a text; both stop, only one ends a text
+    eos = known.get(_STOPS[0], said)
     if eos is None:
         raise ValueError("says no tokenizer.ggml.eos_token_id")
-    prefix, suffix = _around(file, bos, eos)
-    # an Instruct file calls its end of a turn the end of a text; both stop, only one ends a text
-    eos = known.get(_STOPS[0], eos)
+    prefix, suffix = _around(file, bos, eos if said is None else said)
     stops = {ids[key] for key in _STOP_KEYS} | {known.get(name) for name in _STOPS}
-    for token in (bos, eos, *stops):
-        if token in added:  # also where the file calls it a user's word
-            added[token] = added[token]._replace(special=True)
+    for end in (bos, eos, *stops):
+        if end is not None and end in added:  # also where the file calls it a user's word
+            added[end] = added[end]._replace(special=True)
     special = {word.content: word.id for word in added.values() if word.special}
     return Tokenizer.from_ranks(
         ranks,
