@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 from llama import bench as benching
@@ -23,7 +23,7 @@ from llama.comparison import check_plot, compare_all, table
 from llama.comparison import plot as draw
 from llama.generation import Llama
 from llama.inspection import inspect, tokenizer_alone
-from llama.parallel import local_device
+from llama.parallel import is_first_process, local_device
 from llama.perplexity import check_window, default_window, score
 from llama.quantization import formats_of, write_quantized
 from llama.sampling import SamplingParams
@@ -43,6 +43,8 @@ def info(
 ) -> None:
     """Say what lies in a folder of weights, and what running it would take.
 
+    Ends with status 1 where main memory does not suffice for that.
+
     Args:
         ckpt_dir: folder of weights, Meta's or Hugging Face's, or a .gguf file.
         max_batch_size: sequences that run at one time.
@@ -51,7 +53,10 @@ def info(
         model_parallel_size: processes that share the model.
         quantize: int8, fp8, int4, mixed, or formats by part of the model; as stored by default.
     """
-    _say(inspect(ckpt_dir, max_batch_size, max_seq_len, dtype, model_parallel_size, quantize))
+    report = inspect(ckpt_dir, max_batch_size, max_seq_len, dtype, model_parallel_size, quantize)
+    _say(report.rows)
+    if not report.fits:
+        sys.exit(1)
 
 
 def chat(
@@ -407,17 +412,28 @@ def verify(ckpt_dir: str = DEMO) -> None:
     print(f"{ckpt_dir}: all files are what the checklist says")
 
 
+def _once(command: cli.Command) -> cli.Command:
+    """`command`, which several processes of torchrun do not share: the first does it for all."""
+
+    @wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        if is_first_process():
+            command(*args, **kwargs)
+
+    return run
+
+
 COMMANDS: dict[str, cli.Command] = {
     "bench": bench,
     "chat": chat,
     "complete": complete,
-    "convert": convert,
-    "info": info,
+    "convert": _once(convert),
+    "info": _once(info),
     "perplexity": perplexity,
-    "quantize": quantize,
-    "reshard": reshard,
-    "tokenize": tokenize,
-    "verify": verify,
+    "quantize": _once(quantize),
+    "reshard": _once(reshard),
+    "tokenize": _once(tokenize),
+    "verify": _once(verify),
 }
 
 

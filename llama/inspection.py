@@ -7,10 +7,13 @@ it answers at once for any model, also for one that this machine could never hol
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from llama.checkpoint import Checkpoint, Format, check, free_memory, make_plan, open_checkpoint
+from llama.checkpoint.gguf import find_gguf, is_gguf
+from llama.checkpoint.host import UNKNOWN
 from llama.checkpoint.plan import is_mapped
 from llama.llama2 import open_tokenizer
 from llama.model import RopeScaling
@@ -20,6 +23,13 @@ from llama.settings import CHUNK_ROWS, as_dtype, dtype_name, with_limits
 from llama.tokenizer import TextTokenizer
 
 
+class Report(NamedTuple):
+    """Words by title, and whether main memory suffices for what was asked."""
+
+    rows: dict[str, str]
+    fits: bool
+
+
 def inspect(
     ckpt_dir: str,
     max_batch_size: int,
@@ -27,9 +37,9 @@ def inspect(
     dtype: str | None,
     model_parallel_size: int,
     quantize: str | None,
-) -> dict[str, str]:
-    """Words by title; arguments as of Llama.build. ValueError where build would raise one for them,
-    but for memory: that is a row."""
+) -> Report:
+    """What `info` says; arguments as of Llama.build. ValueError where build would raise one for
+    them, but for memory: that is a row."""
     checkpoint = open_checkpoint(ckpt_dir)
     formats = checkpoint.formats if quantize is None else formats_of(quantize, checkpoint.args)
     kind = as_dtype(dtype) or checkpoint.dtype
@@ -40,7 +50,8 @@ def inspect(
             f"model: {args.rank_counts()}"
         )
     check_ranks(formats, args, model_parallel_size)
-    return {
+    memory = _memory(replace(checkpoint, args=args), formats, kind, model_parallel_size)
+    rows = {
         "family": checkpoint.family,
         "parameters": f"{checkpoint.parameters:,}",
         "on disk": f"{checkpoint.shards} shard{'s' * (checkpoint.shards > 1)}, "
@@ -48,7 +59,8 @@ def inspect(
         "context": f"{args.context_length} tokens",
         "rope scaling": _scaling(args.rope_scaling),
         "ranks that work": ", ".join(map(str, args.rank_counts())),
-    } | _memory(replace(checkpoint, args=args), formats, kind, model_parallel_size)
+    }
+    return Report(rows | memory.rows, memory.fits)
 
 
 def tokenizer_alone(ckpt_dir: str, tokenizer_path: str | None = None) -> TextTokenizer:
@@ -58,14 +70,20 @@ def tokenizer_alone(ckpt_dir: str, tokenizer_path: str | None = None) -> TextTok
     """
     if tokenizer_path is not None:
         return open_tokenizer(tokenizer_path)
-    if ckpt_dir.endswith(".gguf"):
+    path = Path(ckpt_dir)
+    names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
+    if any(path.glob("consolidated.*.pth")):
+        names = [*names[1:], names[0]]
+    if path.is_file():
+        inside = is_gguf(path)
+    else:
+        inside = path.is_dir() and not any((path / name).is_file() for name in names)
+        inside = inside and find_gguf(path) is not None
+    if inside:
         found = open_checkpoint(ckpt_dir).open_tokenizer()
         if found is not None:
             return found
         raise FileNotFoundError(f"no tokenizer in {ckpt_dir}; give tokenizer_path")
-    names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
-    if any(Path(ckpt_dir).glob("consolidated.*.pth")):
-        names = [*names[1:], names[0]]
     for name in names:
         if (Path(ckpt_dir) / name).is_file():
             return open_tokenizer(Path(ckpt_dir) / name)
@@ -74,7 +92,7 @@ def tokenizer_alone(ckpt_dir: str, tokenizer_path: str | None = None) -> TextTok
 
 def _memory(
     checkpoint: Checkpoint, formats: Mapping[str, Format], dtype: torch.dtype, size: int
-) -> dict[str, str]:
+) -> Report:
     """Rows on the memory of each of `size` ranks, on a GPU and on a CPU."""
     args, cpu = checkpoint.args, torch.device("cpu")
     limits = f"max_batch_size {args.max_batch_size}, max_seq_len {args.max_seq_len}"
@@ -96,15 +114,17 @@ def _memory(
     free = free_memory(cpu, size)
     try:
         check(on_cpu, free, cpu, recipes_for(args))
-        verdict = "fits"
+        verdict, fits = "fits", True
     except ValueError as error:
-        verdict = str(error)
-    return {
+        verdict, fits = str(error), False
+    known = f"{free / 2**30:.2f} GiB free for each rank: {verdict}"
+    rows = {
         "each rank": f"{_kinds(formats, dtype)}, {limits}, ranks {size}",
         "  on a GPU": str(plans[0]),
         "  on a CPU": str(on_cpu),
-        "main memory": f"{free / 2**30:.2f} GiB free for each rank: {verdict}",
+        "main memory": "how much is free is not known here" if free * size >= UNKNOWN else known,
     }
+    return Report(rows, fits)
 
 
 def _kinds(formats: Mapping[str, Format], dtype: torch.dtype) -> str:

@@ -121,7 +121,7 @@ def process_age() -> float | None:
         after_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2]
         ticks = int(after_name.split()[19])  # starttime, of proc(5)
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, ValueError):
         return None
 
 
@@ -139,9 +139,9 @@ def memory_in_use(device: torch.device) -> int | None:
         return total - free
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError, ValueError):
         return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def device_name(device: torch.device) -> str:

@@ -28,6 +28,7 @@ class RopeScaling:
     """Llama 3.1's stretching of the rotary wavelengths, see `rope_frequencies`.
 
     `factors`, one for each pair, stand for all four constants where a file says it so.
+    `attention_factor` multiplies rotated queries and keys alike, as yarn (arXiv 2309.00071) does.
     """
 
     factor: float = 8.0
@@ -35,14 +36,16 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_context: int = 8192
     factors: tuple[float, ...] | None = None
+    attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
             raise ValueError(
                 f"{self}: needs factor >= 1 and 0 < low_freq_factor < high_freq_factor"
             )
-        if self.factors is not None and not all(0 < each < math.inf for each in self.factors):
-            raise ValueError(f"factors={self.factors!r:.200}: each must be a positive number")
+        numbers = (self.attention_factor, *(self.factors or ()))
+        if not all(0 < each < math.inf for each in numbers):
+            raise ValueError(f"factors={numbers!r:.200}: each must be a positive number")
 
 
 @dataclass(kw_only=True)
@@ -295,7 +298,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The normed states (N, D) that `logits` reads; arguments as in `forward_flat`."""
         angles = positions[:, None, None].float() * self.freqs  # (N, 1, E/2)
-        turns = torch.polar(torch.ones_like(angles), angles)
+        scaling = self.params.rope_scaling
+        length = 1.0 if scaling is None else scaling.attention_factor
+        turns = torch.polar(torch.full_like(angles, length), angles)
         places = None if cache is None else cache.places(batch, positions)
         h = self.tok_embeddings(tokens)  # (N, D)
         for layer in self.layers:

@@ -108,6 +108,8 @@ def _check_not_another_format(data: bytes, path: str) -> None:
         cause = "this is an HTML page, perhaps of a login or an error: download the file again"
     elif head.startswith(b"version https://git-lfs"):
         cause = "this is a git-lfs pointer: fetch the file that it stands for (git lfs pull)"
+    elif head.startswith(b"GGUF"):
+        cause = "this is a GGUF file: give it as ckpt_dir, its tokenizer is inside"
     elif head.startswith(b"{"):
         cause = "this is JSON: give Meta's tokenizer.model, not a tokenizer.json"
     if cause is not None:

@@ -31,15 +31,9 @@ def read_tokenizer_json(file: Path) -> TextTokenizer:
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """What tokenizer.json says for `tokenizer`: the same ids in Hugging Face's libraries.
 
-    There, special tokens are found in every text, and a begin-of-text token is put before it.
+    There, special tokens are found in every text, and what stands before a text is put there.
     """
     spelled = {"".join(map(CHAR_OF.__getitem__, t)): r for t, r in tokenizer.ranks.items()}
-    bos = next(n for n, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id)
-    begin, text = (
-        {"SpecialToken": {"id": bos, "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    )
-    second = {"Sequence": {"id": "B", "type_id": 1}}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {
         "type": "Split",
@@ -47,24 +41,21 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "behavior": "Isolated",
         "invert": False,
     }
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    ids = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags, "special": True} for name, i in ids],
+        "added_tokens": [
+            {"id": word.id, "content": word.content, **{key: getattr(word, key) for key in flags}}
+            for word in tokenizer.added
+        ],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [split, level | {"use_regex": False}],
         },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, text],
-            "pair": [begin, text, {"SpecialToken": {"id": bos, "type_id": 1}}, second],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
+        "post_processor": _around(tokenizer),
         "decoder": level | {"use_regex": True},
         "model": {
             "type": "BPE",
@@ -81,13 +72,43 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def _around(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The post_processor that puts before and after a text what the tokenizer puts there."""
+    if not (tokenizer.prefix or tokenizer.suffix):
+        return {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
+                "use_regex": True}  # fmt: skip
+    names = {word.id: word.content for word in tokenizer.added}
+    every = {names[token]: token for token in (*tokenizer.prefix, *tokenizer.suffix)}
+
+    def around(text: str, number: int) -> list[dict[str, Any]]:
+        before, after = (
+            [{"SpecialToken": {"id": names[token], "type_id": number}} for token in ids]
+            for ids in (tokenizer.prefix, tokenizer.suffix)
+        )
+        return [*before, {"Sequence": {"id": text, "type_id": number}}, *after]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": [*around("A", 0), *around("B", 1)],
+        "special_tokens": {
+            name: {"id": name, "ids": [token], "tokens": [name]} for name, token in every.items()
+        },
+    }
+
+
 def ranks_file(tokenizer: Tokenizer) -> bytes:
     """Meta's tokenizer.model with the same ids; ValueError where Meta's format cannot say them."""
     count = len(tokenizer.ranks)
-    if tokenizer.special_tokens not in [llama3_special_tokens(count, v) for v in get_args(Version)]:
+    known = [llama3_special_tokens(count, version) for version in get_args(Version)]
+    if tokenizer.special_tokens not in known or len(tokenizer.added) > len(known[0]):
+        every = {item for names in known for item in names.items()}
+        odd = (w for w in tokenizer.added if not w.special or (w.content, w.id) not in every)
+        word = next(odd, None)
+        such = "" if word is None else f" ({word.content!r:.60} is the token {word.id})"
         raise ValueError(
             "Meta's tokenizer.model cannot say the special tokens of this model, which are not the "
-            "256 of Llama 3: use another format"
+            f"256 of Llama 3{such}: use another format"
         )
     lines = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in lines)

@@ -8,6 +8,7 @@ that no checklist lists is a problem too, as the loader would read it; a LICENSE
 import hashlib
 import os
 import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -52,14 +53,22 @@ def verify(ckpt_dir: str | Path) -> list[str]:
     for path in folder.iterdir():
         if path.suffix == ".part":
             problems[path.name] = f"{path} is unfinished; run the same download again to go on"
-        elif (
-            path.suffix == ".pth" or path.name == "quantized.safetensors"
-        ) and path.name not in listed:
+        elif path.name not in listed and _is_weights(path, listed):
             problems[path.name] = f"{path} is in no checklist; remove it if it is of another model"
     return [problems[name] for name in sorted(problems)]
 
 
+def _is_weights(path: Path, listed: Collection[str]) -> bool:
+    """Whether the loader would read a file as weights of the model that the checklist lists."""
+    ours = path.name == "quantized.safetensors" or "config.json" in listed
+    return path.suffix == ".pth" or (path.suffix == ".safetensors" and ours)
+
+
 def _find_folder(path: Path) -> Path:
+    if path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not a folder; a checklist lists files beside it, and one alone has none"
+        )
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; the folder that holds checklist.chk is needed")
@@ -68,7 +77,8 @@ def _find_folder(path: Path) -> Path:
             return folder
     raise FileNotFoundError(
         f"{path / 'checklist.chk'} is missing, and without it there is nothing to compare with; "
-        "download.sh gets it with the weights"
+        "Meta's downloads (download.sh) have one, and so do folders that convert, reshard and "
+        "quantize write"
     )
 
 

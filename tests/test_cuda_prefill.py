@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import tiny_args, unit_scale
 
 from llama.cache import Batch, KVCache
-from llama.model import ModelArgs, Transformer, attend_decode, rotate
+from llama.model import ModelArgs, RopeScaling, Transformer, attend_decode, rotate
 
 pytest.importorskip("triton", reason="needs triton: pip install 'llama[test]'")
 
@@ -308,6 +308,9 @@ def test_what_is_not_supported_is_said(monkeypatch):
         assert cuda.supported(tiny_args(head_dim=size), HALF, gpu) is None
     assert cuda.supported(tiny_args(), HALF, gpu) == "the head size is 8, not between 16 and 256"
     assert "head size is 258," in cuda.supported(tiny_args(head_dim=258), HALF, gpu)
+    warm = RopeScaling(factors=(1.0,) * 32, attention_factor=1.5)
+    scaled = cuda.supported(tiny_args(head_dim=64, rope_scaling=warm), HALF, gpu)
+    assert scaled == "its rotary scaling has attention_factor 1.5"
     assert "torch.float64" in cuda.supported(tiny_args(head_dim=64), torch.float64, gpu)
     assert cuda.supported(tiny_args(), HALF, torch.device("cpu")) == "cpu is no NVIDIA GPU"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))

@@ -215,8 +215,8 @@ def outside(folder):
 
 def link(folder):
     file = folder / "model-00001-of-00003.safetensors"
-    file.rename(folder.parent / "x.safetensors")
-    file.symlink_to(folder.parent / "x.safetensors")
+    file.unlink()
+    file.symlink_to(folder.parent / "gone.safetensors")
 
 
 def missing(folder):
@@ -230,7 +230,7 @@ INDICES = {
     "another drive": (place(NORM, "C:\\x.safetensors"), "which is no name"),
     "a hidden file": (place(NORM, "..safetensors"), "which is no name"),
     "a null byte": (place(NORM, "a\0.safetensors"), "which is no name"),
-    "a link outside": (link, "is a link out of the folder"),
+    "a link to nothing": (link, r"is a link to .*gone\.safetensors, which is missing"),
     "a missing file": (missing, r"model-00002-of-00003\.safetensors is missing"),
     "a file that never was": (place(NORM, "no.safetensors"), r"no\.safetensors is missing"),
     "no file name": (place(NORM, 7), "lies in 7"),
@@ -256,18 +256,31 @@ def test_a_hostile_index_is_refused(sharded, name):
     change, message = INDICES[name]
     assert open_checkpoint(sharded).shards == 3
     change(sharded)
-    kind = FileNotFoundError if "missing" in message else ValueError
+    kind = FileNotFoundError if message.endswith("safetensors is missing") else ValueError
     refused(lambda: open_checkpoint(sharded), message, sharded, kind)
 
 
-def test_links_into_the_blobs_of_the_hubs_cache_are_followed(sharded, tmp_path):
+@pytest.mark.parametrize("moved", [False, True])
+def test_links_of_the_hubs_cache_are_followed_wherever_its_blobs_lie(sharded, tmp_path, moved):
     blobs, snapshot = tmp_path / "hub/blobs", tmp_path / "hub/snapshots/abc"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
     for number, file in enumerate(sorted(sharded.iterdir())):
-        file.rename(blobs / str(number))
+        file.rename((tmp_path / "disk" if moved else blobs) / str(number))
+        if moved:
+            (blobs / str(number)).symlink_to(tmp_path / f"disk/{number}")
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     assert open_checkpoint(snapshot).shards == 3
+    (tmp_path / "elsewhere").symlink_to(snapshot, target_is_directory=True)
+    assert open_checkpoint(tmp_path / "elsewhere").shards == 3
+
+
+def test_links_out_of_a_folder_are_followed(sharded, tmp_path):
+    (tmp_path / "links").mkdir()
+    for file in sharded.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    assert open_checkpoint(tmp_path / "links").shards == 3
 
 
 def test_a_tensor_that_the_index_does_not_name_is_refused(sharded):

@@ -132,16 +132,22 @@ MOVED = {f"{Q0}.lora_C.weight": torch.ones(4, 64)}
         (dict(peft_type="IA3"), "peft_type 'IA3'; LORA is read"),
         (dict(task_type="SEQ_CLS"), "for the task 'SEQ_CLS'"),
         (dict(use_dora=True), "use_dora True: DoRA"),
-        (dict(modules_to_save=["embed_tokens"]), "modules_to_save .*whole modules"),
+        (dict(modules_to_save=["embed_tokens"]), "modules_to_save .*whole modules .*holds none"),
+        (dict(modules_to_save="embed_tokens"), "modules_to_save is 'embed_tokens', no list"),
         (dict(fan_in_fan_out=True), "fan_in_fan_out True: transposed"),
         (dict(bias="all"), "bias 'all'"),
-        (dict(rank_pattern={"q_proj": 8}), "rank_pattern"),
-        (dict(alpha_pattern={"q_proj": 8}), "alpha_pattern"),
+        (dict(rank_pattern={"q_proj": 8}), r"is \(4, 64\), and .* r 8 it should be \(8, 64\)"),
+        (dict(rank_pattern={"q_proj": "8"}), "rank_pattern q_proj needs to be a whole number"),
+        (dict(rank_pattern=["q_proj"]), "no object of patterns"),
+        (dict(alpha_pattern={"q_proj": True}), "alpha_pattern q_proj needs to be a number"),
+        (dict(alpha_pattern={"(.+)+x": 8}), r"alpha_pattern has the pattern '\(\.\+\)\+x'"),
+        (dict(alpha_pattern={"(": 8}), "which is not read"),
+        (dict(alpha_pattern={"a" * 501: 8}), "which is not read"),
         (dict(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
         (dict(alora_invocation_tokens=[1, 2]), "depend on the text"),
         (dict(something_new=[1]), r"something_new \[1\]; it cannot be merged"),
         (dict(init_lora_weights="pissa"), "'pissa', which changes the base's weights"),
-        (dict(target_modules=["q_proj", "embed_tokens"]), "changes 'embed_tokens'"),
+        (dict(target_modules=["q_proj", "wte"]), "changes 'wte'"),
         (dict(r=8), r"is \(4, 64\), and for this model and r 8 it should be \(8, 64\)"),
         (dict(r=0), "r needs to be a whole number"),
         (dict(lora_alpha="16"), "lora_alpha needs to be a number"),
@@ -178,10 +184,59 @@ def test_folders_that_are_no_adapters(folders):
         open_checkpoint(folders / "adapter")
 
 
-def test_an_adapter_of_shared_embeddings_is_refused(tmp_path):
+PEFT_CASES = {
+    "lm_head": dict(target_modules=["q_proj", "lm_head"]),
+    "embed_tokens": dict(target_modules=["embed_tokens", "k_proj"]),
+    "both": dict(target_modules=["embed_tokens", "lm_head"], use_rslora=True),
+    "both whole": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    "embed_tokens whole": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "lm_head whole": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "norms whole": dict(target_modules=["q_proj"], modules_to_save=["norm", "input_layernorm"]),
+    "k_proj whole": dict(target_modules=["q_proj"], modules_to_save=["k_proj"]),
+    "patterns": dict(
+        target_modules=["q_proj", "k_proj", "v_proj"],
+        rank_pattern={"q_proj": 6, r"layers\.1\.self_attn\.k_proj": 2},
+        alpha_pattern={"^model.layers.0.*q_proj": 3, "v_proj": 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", PEFT_CASES)
+def test_logits_are_pefts(tmp_path, case, tied):
+    peft = pytest.importorskip("peft")
+    args = tiny_args(**ARGS, tied=tied)
+    write_hf(random_checkpoint(args, dtype=torch.float32), tmp_path / "hf")
+
+    def made():
+        return LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **PEFT_CASES[case])
+    tuned = peft.get_peft_model(made(), config)
+    torch.manual_seed(0)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    tuned.save_pretrained(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(made(), tmp_path / "adapter").eval()
+    ids = torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(0))
+    base = open_checkpoint(tmp_path / "hf")
+    merged = merge_adapter(base, tmp_path / "adapter")
+    with torch.inference_mode():
+        expected = theirs(ids).logits
+        plain = load(base, ranks=ONE, device="cpu")(ids, 0)
+        got = load(merged, ranks=ONE, device="cpu")(ids, 0)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+        assert (plain - expected).abs().max() > 0.05
+        write_hf(merged, tmp_path / "out")  # where the two have become two, config.json says so
+        again = load(open_checkpoint(tmp_path / "out"), ranks=ONE, device="cpu")(ids, 0)
+        torch.testing.assert_close(again, expected, rtol=0, atol=1e-4)
+
+
+def test_ties_that_an_adapter_is_to_keep_are_refused(tmp_path):
     args = tiny_args(**ARGS, tied=True)
-    write_adapter(tmp_path / "adapter", args, ["lm_head"])
-    with pytest.raises(ValueError, match="changes lm_head, which this model shares"):
+    write_adapter(tmp_path / "adapter", args, ["lm_head"], ensure_weight_tying=True)
+    with pytest.raises(ValueError, match="ensure_weight_tying True and changes embeddings"):
         merge_adapter(random_checkpoint(args), tmp_path / "adapter")
 
 

@@ -150,7 +150,9 @@ def test_info_names_rope_scaling_dtype_and_mapped_weights(tmp_path, capsys):
 
 def test_info_says_what_would_fit_where_the_limits_do_not(tmp_path, capsys):
     written(tmp_path)
-    __main__.info(str(tmp_path), max_batch_size=2**30)
+    with pytest.raises(SystemExit) as ended:
+        __main__.info(str(tmp_path), max_batch_size=2**30)
+    assert ended.value.code == 1
     assert re.search(
         r"not enough memory on cpu: .*what fits: max_batch_size=", capsys.readouterr().out
     )

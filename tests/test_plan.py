@@ -2,7 +2,14 @@
 
 import dataclasses
 import logging
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +18,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llama import sampling
+from llama import Llama, limits, sampling
 from llama.checkpoint import (
     Format,
     check,
     check_memory,
     free_memory,
+    host,
     load,
     make_plan,
     open_checkpoint,
@@ -25,9 +33,11 @@ from llama.checkpoint import (
 )
 from llama.checkpoint import plan as plan_module
 from llama.engine import Engine
+from llama.inspection import inspect
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ONE, Ranks
 from llama.sampling import RowParams, SamplingParams, logprobs_of, sample
+from llama.verify import verify as find_problems
 
 GIB = 2**30
 EIGHT_B = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256,
@@ -287,3 +297,75 @@ def test_free_memory_is_shared_and_bounded_by_control_groups(tmp_path, monkeypat
     assert plan_module._cgroup_left(tmp_path, *names) == 2**62
     (tmp_path / "memory.max").write_text("1000\n")
     assert plan_module._cgroup_left(tmp_path, *names) == 500
+
+
+def without_linux(monkeypatch):
+    """A Python as on Windows: no sysconf, and no files of the system."""
+    real = Path.read_text
+
+    def read_text(self, *args, **kwargs):
+        if str(self).startswith(("/proc", "/sys")):
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    for name in ("sysconf", "sysconf_names", "sched_getaffinity", "tcgetpgrp", "get_terminal_size"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
+    monkeypatch.delattr(signal, "SIGALRM", raising=False)
+
+
+def test_without_sysconf_and_proc_everything_fits_and_runs(monkeypatch):
+    demo = Path(plan_module.__file__).parents[1] / "demo"
+    without_linux(monkeypatch)
+    assert plan_module.free_memory("cpu") == host.UNKNOWN
+    llama = Llama.build(demo, device="cpu", max_seq_len=64)
+    assert llama.text_completion(["The"], 0, max_gen_len=2)[0]["generation"]
+    assert (limits.process_age(), limits.memory_in_use(torch.device("cpu"))) == (None, None)
+    assert find_problems(demo) == []
+    assert "not known" in inspect(str(demo), 1, None, None, 1, None).rows["main memory"]
+
+
+def test_windows_is_asked_for_what_is_available(monkeypatch):
+    without_linux(monkeypatch)
+
+    class Kernel:
+        @staticmethod
+        def GlobalMemoryStatusEx(pointer):
+            assert pointer._obj.length == 64
+            pointer._obj.available = 3 * GIB
+            return 1
+
+    windll = types.SimpleNamespace(kernel32=Kernel)
+    monkeypatch.setattr(host.ctypes, "windll", windll, raising=False)
+    assert plan_module.free_memory("cpu", 3) == GIB
+
+
+def test_a_system_that_says_only_how_much_there_is(monkeypatch):
+    without_linux(monkeypatch)
+    monkeypatch.setattr(os, "sysconf_names", {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 2}, raising=False)
+    sizes = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__, raising=False)
+    assert plan_module.free_memory("cpu") == 4096000
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info", "DEMO"],
+        ["complete", "The", "--max_gen_len", "1"],
+        ["quantize", "DEMO", "OUT", "--quantize", "int8", "--device", "cpu"],
+        ["chat", "--max_gen_len", "1"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_need_nothing_that_only_some_systems_have(tmp_path, command):
+    demo = Path(plan_module.__file__).parents[1] / "demo"
+    words = {"DEMO": str(demo), "OUT": str(tmp_path / "out")}
+    script = Path(__file__).with_name("other_system.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *(words.get(word, word) for word in command)],
+        input="hello\n", capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout

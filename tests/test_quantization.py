@@ -1,6 +1,7 @@
 """Laws of packed weights: what they stand for, that layers compute with just that, that no cut and
 no file changes a value, and what it costs in quality."""
 
+import gc
 import json
 import shutil
 from dataclasses import replace
@@ -710,3 +711,27 @@ def test_what_quantization_costs_the_demo_is_within_its_bounds(monkeypatch):
     assert costs["int8"].kl < costs["fp8"].kl < costs["mixed"].kl < costs["int4"].kl
     plainly(monkeypatch)
     assert costs["int4"].kl < 0.9 * difference(built("int4"), other, data).kl
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+@pytest.mark.parametrize("recipe", ["int8", "int4", "mixed"])
+def test_weights_that_are_packed_as_they_are_loaded_keep_no_file_in_memory(tmp_path, recipe):
+    """A single norm that stayed mapped would keep all the pages that packing had read."""
+    args = tiny_args(dim=128, hidden_dim=256)
+    write_hf(random_checkpoint(args), tmp_path)
+
+    def built(**changes):
+        checkpoint = open_checkpoint(tmp_path)
+        kept = load(checkpoint, ranks=ONE, device="cpu", **changes)
+        del checkpoint
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        return str(tmp_path / "model.safetensors") in maps, kept
+
+    chosen = formats_of(recipe, args)
+    mapped, model = built(formats=chosen)
+    assert not mapped
+    held = {id(p): p.nbytes for p in model.parameters()}
+    plan = make_plan(args, dtype=torch.bfloat16, max_seq_len=8, formats=chosen)
+    assert sum(held.values()) <= plan.weights
+    assert built()[0]  # plain weights are the file

@@ -8,7 +8,6 @@ just as they are wanted are not copied at all; the parameters are the mapped fil
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llama.checkpoint.conversion import convert
-from llama.checkpoint.gguf import find_gguf, open_gguf
+from llama.checkpoint.files import check_file
+from llama.checkpoint.gguf import find_gguf, is_gguf, open_gguf
 from llama.checkpoint.gguf_write import write_gguf
 from llama.checkpoint.hf import open_hf
 from llama.checkpoint.hf_write import write_hf
@@ -33,6 +33,7 @@ from llama.checkpoint.random import random_checkpoint
 from llama.checkpoint.resharding import reshard
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part, make_room, mapped_parts
 from llama.checkpoint.staging import Stager
+from llama.checkpoint.stretching import check_rope_scaling, stretched
 from llama.model import RopeScaling, Transformer
 from llama.parallel import Ranks
 from llama.progress import progress
@@ -71,24 +72,34 @@ Place = Callable[[Transformer, Sequence[str], Callable[[int], object]], bool]
 def open_checkpoint(
     ckpt_dir: str | Path, *, rope_scaling: float | RopeScaling | None = None
 ) -> Checkpoint:
-    """Look at the weights in a folder (or in its `original/`), or in a .gguf file, unread.
+    """Look at the weights in a folder (or in its `original/`), or in a GGUF file, unread.
 
-    rope_scaling replaces what is said there: a factor, 1 for none, or all four constants.
-    Raises FileNotFoundError or ValueError in one sentence where the folder is not what it should
-    be.
+    rope_scaling replaces what is said there: a factor, 1 for none, or all four constants; see
+    `stretched`. Raises FileNotFoundError or ValueError in one sentence where the folder is not what
+    it should be.
     """
-    path = Path(ckpt_dir)
-    overrides = {} if rope_scaling is None else _rope_override(rope_scaling)
+    check_rope_scaling(rope_scaling)
+    overrides: dict[str, Any] = {}
+    if isinstance(rope_scaling, RopeScaling):  # what the files say need not even be understood
+        overrides = {"use_scaled_rope": True, "rope_scaling": rope_scaling}
+    checkpoint = _open(Path(ckpt_dir), overrides)
+    if rope_scaling is None:
+        return checkpoint
+    return dataclasses.replace(checkpoint, args=stretched(checkpoint.args, rope_scaling))
+
+
+def _open(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such folder")
     if path.is_dir():
         os.listdir(path)  # raises where it may not be read, which looks like an empty one below
-    if path.is_file():
-        if path.suffix == ".gguf":
+    else:
+        check_file(path)
+        if is_gguf(path):
             return open_gguf(path, overrides)
         raise ValueError(
             f"{path} is a file; needed is a .gguf file, or the folder that holds params.json and "
-            "consolidated.NN.pth"
+            "consolidated.NN.pth (by how it begins, it is no GGUF file of another name)"
         )
     if os.path.lexists(path / QUANTIZED):
         return open_quantized(path, overrides)
@@ -127,19 +138,6 @@ def _check_hf(path: Path) -> Path:
     )
 
 
-def _rope_override(rope_scaling: float | RopeScaling) -> dict[str, Any]:
-    if isinstance(rope_scaling, RopeScaling):
-        return {"use_scaled_rope": True, "rope_scaling": rope_scaling}
-    if (
-        isinstance(rope_scaling, bool)
-        or not isinstance(rope_scaling, (int, float))
-        or not (1 <= rope_scaling < math.inf)
-    ):
-        raise ValueError(f"rope_scaling={rope_scaling!r}: a factor of at least 1 (1: no scaling)")
-    scaling = None if rope_scaling == 1 else RopeScaling(factor=float(rope_scaling))
-    return {"use_scaled_rope": scaling is not None, "rope_scaling": scaling}
-
-
 def load(
     checkpoint: Checkpoint,
     *,
@@ -147,14 +145,16 @@ def load(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     place: Place | None = None,
+    keep_mapped: bool = True,
     show_progress: bool = False,
 ) -> Transformer:
     """The model of this rank on `device`, its weights in `dtype` (None: the checkpoint's own).
 
     `place` may put other layers in the place of some, as quantization does; what it leaves becomes
-    plain parameters, also what is stored packed. Never holds much more than the weights themselves:
-    parts are copied from where they lie to where they stay. Raises ValueError where the model
-    cannot be cut into `ranks`.
+    plain parameters, also what is stored packed. Without `keep_mapped` these are copied where they
+    could be the mapped file, which one norm would keep in memory whole. Never holds much more than
+    the weights themselves: parts are copied from where they lie to where they stay. Raises
+    ValueError where the model cannot be cut into `ranks`.
     """
     device = torch.device(device)
     wanted = _wanted_dtype(checkpoint, device, dtype)
@@ -171,7 +171,10 @@ def load(
             held = [name for name in group if name in checkpoint.tensors]  # tied: no output
             if not held or (place is not None and place(model, held, copier.advance)):
                 continue
-            placed = _place(checkpoint, held, ranks, device, wanted, copier)
+            views = mapped_parts(checkpoint, held, ranks, device, wanted) if keep_mapped else None
+            placed = views or _copied(checkpoint, held, ranks, device, wanted, copier)
+            if views is not None:
+                copier.advance(sum(view.nbytes for view in views))
             for name, tensor in zip(held, placed, strict=True):
                 module = model.get_submodule(name.removesuffix(".weight"))
                 module.weight = nn.Parameter(tensor, requires_grad=False)
@@ -210,7 +213,7 @@ def _wanted_dtype(
     return wanted
 
 
-def _place(
+def _copied(
     checkpoint: Checkpoint,
     names: Sequence[str],
     ranks: Ranks,
@@ -218,11 +221,7 @@ def _place(
     dtype: torch.dtype,
     copier: "Stager | _Copier",
 ) -> list[Tensor]:
-    """This rank's parts of tensors that belong together: mapped, or views of one new storage."""
-    views = mapped_parts(checkpoint, names, ranks, device, dtype)
-    if views is not None:
-        copier.advance(sum(view.nbytes for view in views))
-        return views
+    """This rank's parts of tensors that belong together, as views of one new storage."""
     sizes = [local_shape(name, checkpoint.args, ranks.size) for name in names]
     rows = [size[0] for size in sizes]
     make_room(device)

@@ -1,8 +1,8 @@
 """A checkpoint into another format: which writer, and what goes with the weights.
 
 Knows the formats that are written, by name; each says itself what it cannot express. The surprising
-thing: nothing is converted by hand here. Every format is read as the same tensors, and written from
-them.
+thing: what was written is read again, and what it makes of the tokenizer compared: whatever became
+other is named.
 """
 
 import logging
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
+from llama.checkpoint.gguf import open_gguf
 from llama.checkpoint.gguf_write import write_gguf
+from llama.checkpoint.hf import open_hf
 from llama.checkpoint.hf_write import write_hf
+from llama.checkpoint.meta import open_meta
 from llama.checkpoint.resharding import reshard
 from llama.checkpoint.source import Checkpoint
-from llama.templates import TemplateFormat, choose_format
-from llama.tokenizer import TextTokenizer
+from llama.checkpoint.tokenizer_write import changes, copies
 
 TYPES = ("q8_0", "q4_0")
 
@@ -50,7 +52,6 @@ def convert(
     if tokenizer is None:
         logger.warning("%s has no tokenizer, so none is written", checkpoint.path)
     if kind == "meta":
-        _say_what_is_left_out(checkpoint, tokenizer)
         reshard(checkpoint, dst, shards=shards, dtype=dtype, show_progress=show_progress)
     elif kind == "gguf":
         write_gguf(
@@ -62,13 +63,21 @@ def convert(
             show_progress=show_progress,
         )
     else:
-        write_hf(checkpoint, dst, dtype=dtype, tokenizer=tokenizer, show_progress=show_progress)
+        write_hf(
+            checkpoint,
+            dst,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            tokenizer_files=None if tokenizer is None else copies(checkpoint, tokenizer),
+            with_checklist=True,
+            show_progress=show_progress,
+        )
+    if tokenizer is not None and tokenizer.stated:
+        for change in changes(checkpoint, _reopened(Path(dst), kind), tokenizer):
+            logger.warning("%s: in this format, %s", dst, change)
 
 
-def _say_what_is_left_out(checkpoint: Checkpoint, tokenizer: TextTokenizer | None) -> None:
-    if tokenizer is None:
-        return
-    if isinstance(choose_format(tokenizer, checkpoint.chat_template), TemplateFormat):
-        logger.warning("Meta's files hold no chat template, so it is not written")
-    if set(checkpoint.stop_token_ids) - tokenizer.stop_tokens:
-        logger.warning("Meta's files hold no stop tokens, so they are not written")
+def _reopened(path: Path, kind: str) -> Checkpoint:
+    """What was written, by the reader of its format."""
+    readers = {"meta": open_meta, "gguf": open_gguf, "hf": open_hf}
+    return readers[kind](path, {})

@@ -7,6 +7,7 @@ for float32 gives what the blocks say to the last bit.
 """
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.gguf_blocks import PLAIN, dequantize
-from llama.checkpoint.gguf_file import GGUFFile, Stored, read_header
+from llama.checkpoint.gguf_file import MAGIC, GGUFFile, Stored, read_header
 from llama.checkpoint.gguf_keys import ROPE_FREQS, model_args, our_name, their_name
 from llama.checkpoint.gguf_tokenizer import read_tokenizer
 from llama.checkpoint.names import shapes
@@ -97,10 +98,24 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     )
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a plain file is GGUF: by its name, so that a broken one is called that, or by how it
+    begins."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    with path.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
+
+
 def find_gguf(folder: Path) -> Path | None:
-    """The one model in a folder (its first file); None for none, ValueError for several."""
+    """The one model in a folder (its first file); None for none, ValueError for several.
+
+    Known by their names, or, in a folder without such, by how they begin: blobs have no names.
+    """
     models: dict[str, Path] = {}
-    for file in sorted(f for f in folder.glob("*.gguf") if f.is_file()):
+    files = sorted(each for each in folder.iterdir() if each.is_file())
+    named = [file for file in files if file.suffix.lower() == ".gguf"]
+    for file in named or [file for file in files if os.access(file, os.R_OK) and is_gguf(file)]:
         match = _PART.fullmatch(file.name)
         models.setdefault(match[1] if match else file.name, file)
     if len(models) > 1:
@@ -109,7 +124,7 @@ def find_gguf(folder: Path) -> Path | None:
     return next(iter(models.values()), None)
 
 
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)?", re.IGNORECASE)
 
 
 def find_parts(path: Path) -> list[Path]:
@@ -118,7 +133,8 @@ def find_parts(path: Path) -> list[Path]:
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [path]
     count = int(match[3])
-    parts = [path.with_name(f"{match[1]}-{n + 1:05}-of-{match[3]}.gguf") for n in range(count)]
+    end = match[4] or ""
+    parts = [path.with_name(f"{match[1]}-{n + 1:05}-of-{match[3]}{end}") for n in range(count)]
     for part in parts:
         if not part.is_file():
             raise FileNotFoundError(f"{part} is missing, of {count} files")

@@ -43,14 +43,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (True,),  # written by early converters, read by none
     "rope.scaling.finetuned": (True, False),  # a remark
     "rope.scale_linear": (1.0,),
-    "rope.scaling.attn_factor": (1.0,),
     "logit_scale": (1.0,),
 }
 _READ = ("block_count", "embedding_length", "feed_forward_length", "context_length", "vocab_size",
          "attention.head_count", "attention.head_count_kv", "attention.key_length",
          "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
          "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
-         "rope.scaling.original_context_length")  # fmt: skip
+         "rope.scaling.original_context_length", "rope.scaling.attn_factor")  # fmt: skip
 _REMARKS = ("tensor_data_layout",)  # how the converter's input lay, which its output does not
 _LARGEST = 2**31  # of any number: more is a mistake, and nothing may be counted up to it
 
@@ -171,20 +170,24 @@ def _scaling(head: GGUFFile, args: ModelArgs, factors: Tensor | None) -> RopeSca
     if kind not in ("none", "linear") and factor != 1:
         raise ValueError(f"{head.path}: rotary scaling of the kind {kind!r:.40} is not read")
     pairs = args.head_dim // 2
+    attention = _positive(head, "rope.scaling.attn_factor", 1.0)
     if factors is None:
-        if kind == "none" or factor in (0, 1):
+        if (kind == "none" or factor in (0, 1)) and attention == 1:
             return None
-        return RopeScaling(factors=(factor,) * pairs)
+        every = 1.0 if kind == "none" or factor == 0 else factor
+        return RopeScaling(factors=(every,) * pairs, attention_factor=attention)
     if factors.shape != (pairs,):
         raise ValueError(
             f"{head.path}: {ROPE_FREQS} is {tuple(factors.shape)}, and there are {pairs} pairs"
         )
     if not bool((factors.isfinite() & (factors > 0)).all()):
         raise ValueError(f"{head.path}: {ROPE_FREQS} has factors that are no positive numbers")
-    if bool((factors == 1).all()):
+    if bool((factors == 1).all()) and attention == 1:
         return None
     original = head.get("llama.rope.scaling.original_context_length", int, 8192)
-    return _released(args, factors, original) or RopeScaling(factors=tuple(factors.tolist()))
+    released = _released(args, factors, original) if attention == 1 else None
+    stated = RopeScaling(factors=tuple(factors.tolist()), attention_factor=attention)
+    return released or stated
 
 
 def _released(args: ModelArgs, factors: Tensor, original: int) -> RopeScaling | None:
@@ -232,4 +235,6 @@ def keys_of(args: ModelArgs) -> dict[str, tuple[int, int | float]]:
     if scaling is not None and scaling.factors is None and scaling.original_context != 8192:
         key = "llama.rope.scaling.original_context_length"
         keys[key] = UINT32, scaling.original_context
+    if scaling is not None and scaling.attention_factor != 1:
+        keys["llama.rope.scaling.attn_factor"] = FLOAT32, scaling.attention_factor
     return keys

@@ -7,7 +7,7 @@ a list of merges besides; ids alone say the same, for tokens are numbered in the
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from llama.added import AddedToken
@@ -117,13 +117,15 @@ def _id(file: GGUFFile, key: str, count: int) -> int | None:
 def _byte_level(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> Tokenizer:
     ranks: dict[bytes, int] = {}
     added: dict[int, AddedToken] = {}
+    made = {merge.replace(" ", "") for merge in _merges(file)}
     for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):
         spelled = all(letter in BYTE_OF for letter in text)
         if kind == NORMAL and not spelled:
             raise ValueError(f"the token {text!r:.60} is not spelled byte by byte")
-        if kind == NORMAL or (kind == UNUSED and spelled):
+        plain = kind == NORMAL or (kind == UNUSED and spelled)
+        if plain or (spelled and text in made):
             ranks[bytes([BYTE_OF[letter] for letter in text])] = token
-        else:
+        if not plain:
             added[token] = AddedToken(text, token, special=kind != USER_DEFINED)
     pre = file.get("tokenizer.ggml.pre", str, "" if _BEGIN in tokens else "default")
     if pre not in ("", *_LLAMA3):
@@ -183,13 +185,17 @@ def _stop_tokens(stops: set[int | None], special: Mapping[str, int]) -> set[int]
     return found | ({before} & reserved)
 
 
-def _check_merges(file: GGUFFile, tokens: list[str]) -> None:
-    """ValueError where merging by id would not be what the file's merges do."""
+def _merges(file: GGUFFile) -> list[str]:
     if "tokenizer.ggml.merges" not in file.metadata:
         raise ValueError("lacks the key tokenizer.ggml.merges")
     if not file.get("tokenizer.ggml.merges", Array).length:
-        return
-    check_merges(_strings(file, "merges"), {text: token for token, text in enumerate(tokens)})
+        return []
+    return _strings(file, "merges")
+
+
+def _check_merges(file: GGUFFile, tokens: list[str]) -> None:
+    """ValueError where merging by id would not be what the file's merges do."""
+    check_merges(_merges(file), {text: token for token, text in enumerate(tokens)})
 
 
 def _pieces(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> PieceTokenizer:
@@ -239,6 +245,29 @@ def vocabulary(tokenizer: TextTokenizer, size: int) -> Vocabulary:
         if out.scores is not None:
             out.scores.append(-10000.0)
     return out
+
+
+def named_ids(
+    said: Vocabulary, tokenizer: TextTokenizer, stops: Collection[int], size: int
+) -> dict[str, int]:
+    """The ids that a file names: what begins and ends a text, what templates call tokens, and under
+    eot and eom what else ends an answer, as far as there is place. Readers know Llama 3's by name,
+    so that these leave theirs to others."""
+    ids = dict(said.ids)
+    if not tokenizer.prefix and "bos_token" not in tokenizer.names:
+        ids.pop("bos_token_id", None)
+    known = {word.content: word.id for word in tokenizer.added}
+    for key, name in _NAMES.items():
+        if key not in ids and tokenizer.names.get(name) in known:
+            ids[key] = known[tokenizer.names[name]]
+    told = {ids[key] for key in _STOP_KEYS if key in ids}
+    by_name = {token for token in stops if token < size and said.tokens[token] in _STOPS}
+    told |= _stop_tokens({*by_name}, tokenizer.special_tokens)
+    left = [token for token in sorted(stops) if token < size and token not in told]
+    keys = [key for key in ("eot_token_id", "eom_token_id") if key not in ids]
+    free = [*keys, *(key for key in ("eom_token_id", "eot_token_id") if key not in keys)]
+    ids |= dict(zip(free, left, strict=False))
+    return {key: token for key, token in ids.items() if token < size}
 
 
 def _spelled(tokenizer: Tokenizer) -> Vocabulary:

@@ -7,7 +7,7 @@ norm, and so the scaling of rotary frequencies, which is a vector here, is exact
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -28,8 +28,9 @@ from llama.checkpoint.gguf_file import (
     VERSION,
 )
 from llama.checkpoint.gguf_keys import ROPE_FREQS, keys_of, rope_factors, their_name
-from llama.checkpoint.gguf_tokenizer import vocabulary
+from llama.checkpoint.gguf_tokenizer import named_ids, vocabulary
 from llama.checkpoint.source import Checkpoint, LazyTensor
+from llama.checkpoint.tokenizer_write import check_around
 from llama.model import ModelArgs
 from llama.progress import progress
 from llama.templates import LLAMA3_TEMPLATE
@@ -139,19 +140,21 @@ def _keys(
     keys |= {key: _number(*value) for key, value in keys_of(args).items()}
     if tokenizer is None:
         return keys | {"tokenizer.ggml.model": _text("none")}
-    return keys | _tokenizer_keys(args, tokenizer, template)
+    return keys | _tokenizer_keys(args, tokenizer, template, checkpoint.stop_token_ids)
 
 
 def _tokenizer_keys(
-    args: ModelArgs, tokenizer: TextTokenizer, template: str | None
+    args: ModelArgs, tokenizer: TextTokenizer, template: str | None, stops: Collection[int]
 ) -> dict[str, bytes]:
     said = vocabulary(tokenizer, args.vocab_size)
+    check_around(tokenizer, "GGUF")
+    ids = named_ids(said, tokenizer, {*tokenizer.stop_tokens, *stops}, args.vocab_size)
     keys = {
         "model": _text(said.model),
         "tokens": _list(STRING, [_string(token) for token in said.tokens]),
         "token_type": _list(INT32, [struct.pack("<i", kind) for kind in said.kinds]),
-        "add_bos_token": _number(BOOL, True),
-        "add_eos_token": _number(BOOL, False),
+        "add_bos_token": _number(BOOL, bool(tokenizer.prefix)),
+        "add_eos_token": _number(BOOL, bool(tokenizer.suffix)),
     }
     if said.model == "gpt2":
         keys["pre"] = _text("llama-bpe")
@@ -161,9 +164,10 @@ def _tokenizer_keys(
         keys["scores"] = _list(FLOAT32, [struct.pack("<f", score) for score in said.scores])
     if said.add_space_prefix is not None:
         keys["add_space_prefix"] = _number(BOOL, said.add_space_prefix)
-    keys |= {key: _number(UINT32, token) for key, token in said.ids.items()}
+    keys |= {key: _number(UINT32, token) for key, token in ids.items()}
     packed = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-    if template is None and "<|start_header_id|>" in tokenizer.special_tokens:
+    unstated = template is None and not tokenizer.stated  # Meta's files never say one
+    if unstated and "<|start_header_id|>" in tokenizer.special_tokens:
         template = LLAMA3_TEMPLATE
     return packed | ({"tokenizer.chat_template": _text(template)} if template else {})
 

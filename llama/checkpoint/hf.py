@@ -9,7 +9,8 @@ Letters: H heads, E head size, D columns.
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llama.checkpoint.files import check_file
 from llama.checkpoint.hf_config import read_config
 from llama.checkpoint.names import shapes
 from llama.checkpoint.safetensors import Entry, open_file, stored
@@ -118,8 +120,12 @@ def open_hf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     """
     config_file = path / "config.json"
     args, config = read_config(config_file, overrides)
-    files, places = _open_files(path)
-    skipped = _account(args, places, files[0] if len(files) == 1 else path / INDEX)
+    files, stored_places = _open_files(path, ["lm_head.weight"] if args.tied else [])
+    whole = files[0] if len(files) == 1 else path / INDEX
+    places = _by_their_names(stored_places, whole)
+    if args.tied and not _is_tied(places, whole):
+        args = replace(args, tied=False)
+    skipped = _account(args, places, whole)
     tensors = {
         name: _tensor(name, shape, args, places[hf_name(name)], config_file)
         for name, shape in shapes(args).items()
@@ -143,8 +149,12 @@ def open_hf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def _open_files(path: Path) -> tuple[list[Path], dict[str, _Place]]:
-    """All files of weights, and what lies in them by its name there."""
+def _open_files(path: Path, needless: Collection[str] = ()) -> tuple[list[Path], dict[str, _Place]]:
+    """All files of weights, and what lies in them by its name there.
+
+    Files may be links to anywhere, as in the hub's cache: only names are kept to the folder. What
+    is `needless` an index may name although no file holds it.
+    """
     if (path / SINGLE).exists() or not (path / INDEX).exists():
         files, weight_map = [path / SINGLE], None
     else:
@@ -152,16 +162,17 @@ def _open_files(path: Path) -> tuple[list[Path], dict[str, _Place]]:
         files = [path / name for name in sorted(set(weight_map.values()))]
     missing = [file for file in files if not file.exists()]
     if missing:
+        if missing[0].is_symlink():
+            check_file(missing[0])  # says where it leads to
         other = "; weights in pickles (*.bin) are not read" if any(path.glob("*.bin")) else ""
         raise FileNotFoundError(f"{missing[0]} is missing{other}")
     places: dict[str, _Place] = {}
     for file in files:
-        if weight_map is not None:
-            _check_inside(file, path)
         data, entries = open_file(file)
         if weight_map is not None:
             said = {name for name, place in weight_map.items() if place == file.name}
             odd = sorted(said ^ entries.keys())
+            odd = [name for name in odd if name in entries or name not in needless]
             if odd:
                 where = "in the index only" if odd[0] in said else "in the file only"
                 raise ValueError(
@@ -185,16 +196,33 @@ def _read_index(file: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_inside(file: Path, path: Path) -> None:
-    """ValueError for a link out of the folder, except to the blobs of the hub's own cache."""
-    real, folder = file.resolve(), path.resolve()
-    allowed = [folder]
-    if folder.parent.name == "snapshots":
-        allowed.append(folder.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise ValueError(
-            f"{file}: is a link out of the folder, to {real}; put the file itself here"
-        )
+_OURS = re.compile(r"(?:model\.){0,2}((?:layers\.\d+|embed_tokens|norm|rotary_emb)\..+)")
+_HEAD = re.compile(r"(?:model\.)?(lm_head\.weight)")
+
+
+def _by_their_names(places: Mapping[str, _Place], file: Path) -> dict[str, _Place]:
+    """The places by the names of LlamaForCausalLM, which transformers finds with one "model." more
+    or less than they have; ValueError, naming it, for any other prefix of all of them."""
+    named: dict[str, _Place] = {}
+    found = False
+    for name, place in places.items():
+        ours, head = _OURS.fullmatch(name), _HEAD.fullmatch(name)
+        theirs = f"model.{ours[1]}" if ours else head[1] if head else name
+        found = found or ours is not None
+        if theirs in named:
+            raise ValueError(f"{file}: holds {theirs:.80} under two names, one of them {name:.80}")
+        named[theirs] = place
+    if found:
+        return named
+    for name in sorted(places):
+        match = re.fullmatch(r"(.+?)(?:model\.)?(?:layers\.\d+|embed_tokens|norm)\..+", name)
+        if match:
+            raise ValueError(
+                f"{file}: its tensors have {match[1]!r:.80} before the names that LlamaForCausalLM "
+                f"gives them, such as {name:.120}, and transformers does not find them either; "
+                "rename them, or save the inner model alone"
+            )
+    return named
 
 
 def _account(args: ModelArgs, places: Mapping[str, _Place], file: Path) -> dict[str, str]:
@@ -217,7 +245,6 @@ def _account(args: ModelArgs, places: Mapping[str, _Place], file: Path) -> dict[
     for name in sorted(places.keys() - wanted):
         reason = next((why for key, why in _SKIPPED.items() if re.fullmatch(key, name)), None)
         if args.tied and name == head:
-            _check_tied(places, file)
             reason = "equals model.embed_tokens.weight, to which it is tied"
         if reason is None:
             unknown.append(name)
@@ -230,15 +257,29 @@ def _account(args: ModelArgs, places: Mapping[str, _Place], file: Path) -> dict[
     return skipped
 
 
-def _check_tied(places: Mapping[str, _Place], file: Path) -> None:
-    head, embeddings = places["lm_head.weight"], places["model.embed_tokens.weight"]
-    here = head.data[head.entry.start : head.entry.stop]
-    there = embeddings.data[embeddings.entry.start : embeddings.entry.stop]
-    if head.entry.dtype != embeddings.entry.dtype or not torch.equal(here, there):
-        raise ValueError(
-            f"{file}: config.json says tie_word_embeddings, but lm_head.weight is another tensor "
-            "than model.embed_tokens.weight; correct one of the two"
-        )
+def _is_tied(places: Mapping[str, _Place], file: Path) -> bool:
+    """Whether output and embeddings, which config.json ties, are the same numbers in whatever
+    bytes; where they are not, both are used, as transformers does."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    if not all(name in places for name in names):
+        return True
+    head, table = (places[name] for name in names)
+    bits = [each.data[each.entry.start : each.entry.stop] for each in (head, table)]
+    if head.entry.dtype == table.entry.dtype and torch.equal(*bits):
+        return True
+    here, there = (stored(name, places[name].data, places[name].entry, file) for name in names)
+    rows = here.shape[0] if here.shape == there.shape else 0
+    blocks = ((row, min(row + 1024, rows)) for row in range(0, rows, 1024))
+    if rows and all(
+        torch.equal(here.read(0, *each).float(), there.read(0, *each).float()) for each in blocks
+    ):
+        return True
+    logger.warning(
+        "%s: config.json says tie_word_embeddings, and lm_head.weight differs from "
+        "model.embed_tokens.weight; both are used, as transformers does",
+        file,
+    )
+    return False
 
 
 def _tensor(

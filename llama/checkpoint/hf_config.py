@@ -2,8 +2,7 @@
 
 Knows the keys that LlamaForCausalLM heeds; each is read, must have the value that this model
 computes with, or is ignored because it has no part in the computation. The surprising thing: absent
-keys have that class's defaults, which are those of Llama 1, and the same thing has two spellings:
-rope_scaling with rope_theta in older files, rope_parameters in newer ones.
+keys have that class's defaults, which are those of Llama 1.
 """
 
 import logging
@@ -12,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama.checkpoint.hf_rope import Shape, positive, read_scaling, say_scaling, theta_of
 from llama.checkpoint.params import make_args
-from llama.model import ModelArgs, RopeScaling
+from llama.model import ModelArgs
 from llama.strict_json import read_json
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,11 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> tuple[ModelArgs, di
     config = read_json(file)
     try:
         _check_kind(config)
-        params = _numbers(config) | {"rope_theta": _theta(config)}
-        params |= {} if "rope_scaling" in overrides else _rope_scaling(config)
+        params = _numbers(config) | {"rope_theta": theta_of(config)}
+        if "rope_scaling" not in overrides:
+            head_dim = params.get("head_dim", params["dim"] // params["n_heads"])
+            shape = Shape(head_dim, params["rope_theta"], params["context_length"])
+            params |= read_scaling(config, shape, file)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     known = {*_INTS, *_DEFAULTS, *_FIXED}
@@ -83,7 +86,7 @@ def _check_kind(config: Mapping[str, Any]) -> None:
     """ValueError where these are not plain weights of a LlamaForCausalLM."""
     kind, classes = config.get("model_type"), config.get("architectures")
     named = classes if isinstance(classes, list) and classes else ["LlamaForCausalLM"]
-    if kind != "llama" or named != ["LlamaForCausalLM"]:
+    if kind != "llama" or named not in (["LlamaForCausalLM"], ["LlamaModel"]):
         raise ValueError(
             f"is of model_type {kind!r:.40}, architectures {classes!r:.80}; 'llama' and "
             "LlamaForCausalLM are read"
@@ -115,72 +118,8 @@ def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
         values[field] = config[key]
     if not isinstance(config["tie_word_embeddings"], bool):
         raise ValueError(f"tie_word_embeddings is {config['tie_word_embeddings']!r:.40}")
-    eps = _positive("rms_norm_eps", config["rms_norm_eps"])
+    eps = positive("rms_norm_eps", config["rms_norm_eps"])
     return values | {"norm_eps": eps, "tied": config["tie_word_embeddings"]}
-
-
-def _positive(key: str, value: object) -> float:
-    if type(value) not in (int, float) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key} needs to be a number, is {value!r:.40}")
-    if not 0 < value < _LARGEST:
-        raise ValueError(f"{key} needs to be above 0 and below {_LARGEST}, is {value!r:.40}")
-    return float(value)
-
-
-# --- rotary positions -----------------------------------------------------------------------------
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_parameters, or rope_scaling of older files; both say the same where both are there."""
-    found: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        said = config.get(key)
-        if said is None:
-            continue
-        if not isinstance(said, dict):
-            raise ValueError(f"{key} needs to be an object, is {said!r:.40}")
-        said = {"rope_type": said.get("type", "default")} | said
-        other = [word for word in said if word in found and found[word] != said[word]]
-        if other:
-            raise ValueError(f"rope_scaling and rope_parameters differ in {other[0]:.40}")
-        found |= said
-    return found
-
-
-def _theta(config: Mapping[str, Any]) -> float:
-    given = (config.get("rope_theta"), _rope(config).get("rope_theta"))
-    said = sorted({_positive("rope_theta", value) for value in given if value is not None})
-    if len(said) > 1:
-        raise ValueError(f"gives rope_theta two values: {said[0]:g} and {said[1]:g}")
-    return said[0] if said else 10000.0
-
-
-def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """use_scaled_rope and rope_scaling for ModelArgs; ValueError for a kind that is not Llama's."""
-    rope = _rope(config)
-    kind = rope.get("rope_type", "default")
-    if rope.get("partial_rotary_factor", 1) not in (1, 1.0):
-        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r:.40}, not 1")
-    if kind == "default":
-        return {}
-    if kind != "llama3":
-        raise ValueError(
-            f"the rotary scaling is of type {kind!r:.40}; 'llama3' and none ('default') are "
-            "computed: use the model's version without it, or give rope_scaling=1 and keep to the "
-            "original context"
-        )
-    keys = {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_context",
-    }
-    lacking = [key for key in keys if key not in rope]
-    if lacking:
-        raise ValueError(f"the rotary scaling lacks {lacking[0]}")
-    values: dict[str, Any] = {keys[key]: _positive(key, rope[key]) for key in keys}
-    values["original_context"] = int(values["original_context"])
-    return {"use_scaled_rope": True, "rope_scaling": RopeScaling(**values)}
 
 
 def _ffn_terms(dim: int, hidden: int) -> dict[str, Any]:
@@ -209,20 +148,10 @@ def config_of(args: ModelArgs, dtype: str, ids: Mapping[str, Any]) -> dict[str, 
         "mlp_bias": False,
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
-        "rope_scaling": None,
         "tie_word_embeddings": args.tied,
         "pretraining_tp": 1,
         "use_cache": True,
         "torch_dtype": dtype,
         **ids,
     }
-    scaling = args.rope_scaling
-    if scaling is not None:
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        }
-    return config
+    return config | say_scaling(args)

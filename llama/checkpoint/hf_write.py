@@ -4,7 +4,6 @@ Holds a few tensors at a time. Knows no device. The surprising thing: config.jso
 files are written under temporary names, and a folder without config.json is no model to anybody.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -14,14 +13,15 @@ import torch
 
 from llama.checkpoint.hf import INDEX, SINGLE, Reordered, hf_name, rotary_heads
 from llama.checkpoint.hf_config import config_of
+from llama.checkpoint.resharding import checklist
 from llama.checkpoint.safetensors import write_file
 from llama.checkpoint.source import Checkpoint, LazyTensor
-from llama.llama2 import SentencePieceTokenizer
+from llama.checkpoint.tokenizer_write import Texts, as_bytes, files_of
 from llama.progress import progress
 from llama.templates import LLAMA3_TEMPLATE
-from llama.tokenizer import TextTokenizer, Tokenizer
-from llama.tokenizer_json import tokenizer_json
+from llama.tokenizer import TextTokenizer
 
+CHECKLIST = "checklist.chk"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -32,12 +32,16 @@ def write_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: TextTokenizer | None = None,
+    tokenizer_files: Texts | None = None,
+    with_checklist: bool = False,
     show_progress: bool = False,
 ) -> None:
     """Write a checkpoint, in `dtype` (None: its own), and its tokenizer as a Hugging Face folder.
 
     More than `max_shard_bytes` are cut into several files between tensors. Without `tokenizer` the
-    folder has none; SentencePiece's is written as tokenizer.model. Raises FileExistsError where the
+    folder has none; SentencePiece's is written as tokenizer.model. `tokenizer_files` are written
+    as they are in place of files for it. `with_checklist` adds
+    checklist.chk, by which `verify` knows the files. Raises FileExistsError where the
     folder holds weights already, and ValueError for a dtype that is not one of weights, or a
     tokenizer that has no file here.
     """
@@ -54,12 +58,12 @@ def write_hf(
         raise FileExistsError(f"{there[0]} is there already; write to an empty folder")
     tensors = _in_their_order(checkpoint)
     files = _shards(tensors, wanted.itemsize, max_shard_bytes)
-    texts = _texts(checkpoint, wanted, tokenizer)
+    texts = _texts(checkpoint, wanted, tokenizer, tokenizer_files or {})
     if len(files) > 1:
         texts = {INDEX: _index(files, tensors, wanted.itemsize), **texts}
     total = sum(prod(tensor.shape) for tensor in tensors.values()) * wanted.itemsize
     with progress("writing weights", total, unit="B", enabled=show_progress) as advance:
-        _write_all(out, files, texts, wanted, advance)
+        _write_all(out, files, texts, wanted, advance, with_checklist)
 
 
 def _in_their_order(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
@@ -103,66 +107,53 @@ def _index(
 
 
 def _texts(
-    checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: TextTokenizer | None
-) -> dict[str, dict[str, Any] | bytes]:
-    """The small files, in the order in which they are to appear: JSON, or bytes as they are."""
-    texts: dict[str, dict[str, Any] | bytes] = {}
+    checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: TextTokenizer | None, copied: Texts
+) -> Texts:
+    """The small files, in the order in which they are to appear."""
+    args = checkpoint.args
     ids: dict[str, Any] = {}
+    texts: Texts = dict(copied)
     stops = set(checkpoint.stop_token_ids)
     if tokenizer is not None:
-        names = {number: name for name, number in tokenizer.special_tokens.items()}
-        stops |= {token for token in tokenizer.stop_tokens if token < checkpoint.args.vocab_size}
-        ids["bos_token_id"] = tokenizer.bos_id
-        settings: dict[str, Any] = {
-            "tokenizer_class": "LlamaTokenizer",
-            "bos_token": names[tokenizer.bos_id],
-            "eos_token": names[tokenizer.eos_id],
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": checkpoint.args.context_length,
-        }
+        known = {word.content: word.id for word in tokenizer.added}
+        for key in ("bos_token", "pad_token"):
+            token = known.get(tokenizer.names.get(key, ""))
+            if token is not None and token < args.vocab_size:
+                ids[f"{key}_id"] = token
+        stops |= {token for token in tokenizer.stop_tokens if token < args.vocab_size}
         template = checkpoint.chat_template
-        if template is None and "<|start_header_id|>" in tokenizer.special_tokens:
+        unstated = template is None and not tokenizer.stated  # Meta's files never say one
+        if unstated and "<|start_header_id|>" in tokenizer.special_tokens:
             template = LLAMA3_TEMPLATE
-        if template is not None:
-            settings["chat_template"] = template
-        if isinstance(tokenizer, Tokenizer):
-            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-            texts["tokenizer.json"] = tokenizer_json(tokenizer)
-        elif isinstance(tokenizer, SentencePieceTokenizer):
-            settings |= {"add_bos_token": True, "add_eos_token": False}
-            texts["tokenizer.model"] = tokenizer.model.serialized_model_proto()
-        else:
-            raise ValueError("a tokenizer of pieces and scores alone has no file in this format")
-        texts["tokenizer_config.json"] = settings
+        texts = texts or files_of(tokenizer, template, args.context_length)
     if stops:
-        ids["eos_token_id"] = sorted(stops)
+        as_stated = copied and checkpoint.stop_token_ids
+        ids["eos_token_id"] = list(checkpoint.stop_token_ids) if as_stated else sorted(stops)
     texts["generation_config.json"] = ids
     kind = str(dtype).removeprefix("torch.")
-    texts["config.json"] = config_of(checkpoint.args, kind, ids)
+    texts["config.json"] = config_of(args, kind, ids)
     return texts
 
 
 def _write_all(
     out: Path,
     files: Mapping[str, Mapping[str, LazyTensor]],
-    texts: Mapping[str, dict[str, Any] | bytes],
+    texts: Texts,
     dtype: torch.dtype,
     advance: Callable[[int], object],
+    with_checklist: bool,
 ) -> None:
     """Every file under a temporary name, then all renamed, config.json last; or none is left."""
-    parts = {name: out / f"{name}.part" for name in (*files, *texts)}
+    listed = {name: out / f"{name}.part" for name in (*files, *texts)}
+    parts = ({CHECKLIST: out / f"{CHECKLIST}.part"} if with_checklist else {}) | listed
     try:
         for name, held in files.items():
             write_file(parts[name], held, dtype, advance)
         for name, text in texts.items():
-            if isinstance(text, bytes):
-                parts[name].write_bytes(text)
-                continue
-            said = json.dumps(
-                text, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2
-            )
-            parts[name].write_text(said + "\n", encoding="utf-8")
+            parts[name].write_bytes(as_bytes(name, text))
+        if with_checklist:
+            sums = checklist(dict(sorted(listed.items())), lambda size: None)
+            parts[CHECKLIST].write_text(sums, encoding="ascii")
         for name, part in parts.items():
             part.replace(out / name)
     finally:

@@ -1,55 +1,33 @@
 """LoRA adapters in PEFT's files, added to the weights as they are read.
 
-W + scale * B A (Hu et al. 2021, arXiv 2106.09685), in float32 and a tile at a time. Knows which
-settings of an adapter come to that, and refuses all others by name. The surprising thing: products
-are always of the same tiles of a matrix, whatever part of it is read, so that the sum does not
-depend on how many ranks share it.
+W + scale * B A (Hu et al. 2021, arXiv 2106.09685), in float32 and a tile at a time, where W may be
+a whole matrix of the adapter's own. What its settings come to is read in lora_config.py. The
+surprising thing: products are always of the same tiles of a matrix, whatever part of it is read, so
+that the sum does not depend on how many ranks share it.
 
 Letters: O rows and I columns of a weight, R rank.
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.hf import hf_name, reorder, rotary_heads
+from llama.checkpoint.hf import Reordered, hf_name, reorder, rotary_heads
+from llama.checkpoint.lora_config import Settings, read_settings
 from llama.checkpoint.names import shapes
 from llama.checkpoint.safetensors import open_file, stored
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part
 from llama.model import ModelArgs
-from llama.strict_json import read_json
 
 _TILE = 1024
 _BLOCK = 2**24  # numbers that are added at a time
 _PREFIX = "base_model.model."
-_TARGETS = frozenset(
-    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
-)
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules"}
-# Settings that say where an adapter comes from, or matter in training only
-_IGNORED = re.compile(
-    r"auto_mapping|base_model_name_or_path|revision|inference_mode|task_type|lora_dropout"
-    r"|init_lora_weights|exclude_modules|layers_(to_transform|pattern)|peft_version|runtime_config"
-    r"|qalora_group_size|eva_config|corda_config|loftq_config|megatron_core|ensure_weight_tying"
-)
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base's weights
-_FALSE: tuple[object, ...] = (None, False, [], {}, "none", "")
-_WHAT = {
-    "use_dora": "DoRA, which scales the sum",
-    "modules_to_save": "whole modules besides the adapter",
-    "fan_in_fan_out": "transposed weights",
-    "bias": "biases, which Llama does not have",
-    "lora_bias": "biases, which Llama does not have",
-    "rank_pattern": "ranks by module",
-    "alpha_pattern": "scales by module",
-    "layer_replication": "layers that are there several times",
-    "alora_invocation_tokens": "weights that depend on the text",
-}
 
 
 class Merged(LazyTensor):
@@ -90,90 +68,133 @@ class Merged(LazyTensor):
         return out
 
 
+class _Pair(NamedTuple):
+    a: Tensor  # (R, I)
+    b: Tensor  # (O, R)
+    scale: float
+
+
 def merge_adapter(checkpoint: Checkpoint, folder: str | Path) -> Checkpoint:
     """`checkpoint` with the adapter in `folder` added, as its tensors are read.
 
-    Raises FileNotFoundError or ValueError, naming file and cause, for an adapter that is not of
-    this model's shape or is not LoRA as in the formula above.
+    Where embeddings and output are one matrix and the adapter changes only one of them, they are
+    two in the result. Raises FileNotFoundError or ValueError, naming file and cause, for an adapter
+    that is not of this model's shape or is not LoRA as in the formula above.
     """
     path = Path(folder)
     config = path / "adapter_config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{config} is missing: {path} holds no PEFT adapter")
-    rank, scale = _read_config(config)
+    settings = read_settings(config)
     file = path / "adapter_model.safetensors"
     if not file.exists():
         pickled = (path / "adapter_model.bin").exists()
         other = "; adapter_model.bin is a pickle and is not read" if pickled else ""
         raise FileNotFoundError(f"{file} is missing{other}")
-    pairs = _read_pairs(file, checkpoint.args, rank)
-    if "output.weight" in pairs and checkpoint.args.tied:
-        raise ValueError(f"{file}: changes lm_head, which this model shares with its embeddings")
-    merged = {name: Merged(checkpoint.tensors[name], b, a, scale) for name, (a, b) in pairs.items()}
-    return replace(checkpoint, tensors={**checkpoint.tensors, **merged})
+    pairs, whole = _read(file, checkpoint.args, settings)
+    tensors, tied = _untied(checkpoint, pairs, whole, settings, config)
+    for name, pair in pairs.items():
+        tensors[name] = Merged(tensors[name], pair.b, pair.a, pair.scale)
+    args = replace(checkpoint.args, tied=tied)
+    return replace(checkpoint, args=args, tensors=tensors)
 
 
-def _read_config(file: Path) -> tuple[int, float]:
-    """Rank and scale; ValueError for a setting that the formula has no place for."""
-    config = read_json(file)
-    try:
-        if config.get("peft_type") != "LORA":
-            raise ValueError(f"is of peft_type {config.get('peft_type')!r:.40}; LORA is read")
-        if config.get("task_type") not in (None, "CAUSAL_LM"):
-            raise ValueError(f"is for the task {config['task_type']!r:.40}; CAUSAL_LM is read")
-        for key, value in config.items():
-            if not (key in _READ or _IGNORED.fullmatch(key) or value in _FALSE):
-                what = f": {_WHAT[key]}" if key in _WHAT else ""
-                raise ValueError(f"has {key} {value!r:.60}{what}; it cannot be merged")
-        if config.get("init_lora_weights") not in _INITS:
-            raise ValueError(
-                f"has init_lora_weights {config['init_lora_weights']!r:.40}, which changes the "
-                "base's weights; convert it to plain LoRA with PEFT"
-            )
-        targets = config.get("target_modules")
-        names = targets if isinstance(targets, list) else []
-        unknown = [name for name in names if str(name).rsplit(".")[-1] not in _TARGETS]
-        if unknown:
-            raise ValueError(
-                f"changes {unknown[0]!r:.60}; these can be merged: {', '.join(sorted(_TARGETS))}"
-            )
-        rank, alpha = config.get("r"), config.get("lora_alpha", 8)
-        if type(rank) is not int or not 0 < rank < 2**16:
-            raise ValueError(f"r needs to be a whole number above 0, is {rank!r:.40}")
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise ValueError(f"lora_alpha needs to be a number, is {alpha!r:.40}")
-        if not isinstance(config.get("use_rslora", False), bool):
-            raise ValueError(f"use_rslora is {config['use_rslora']!r:.40}")
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _untied(
+    checkpoint: Checkpoint,
+    pairs: Mapping[str, _Pair],
+    whole: Mapping[str, LazyTensor],
+    settings: Settings,
+    config: Path,
+) -> tuple[dict[str, LazyTensor], bool]:
+    """The matrices to which pairs are added, and whether output and embeddings are still one.
+
+    A matrix in modules_to_save is a copy of its own. Any other whole matrix takes the place of
+    what is there, for both of the two where they are one, as in PEFT.
+    """
+    tensors = {**checkpoint.tensors, **whole}
+    ends = ("tok_embeddings.weight", "output.weight")
+    if not checkpoint.args.tied:
+        return tensors, False
+    own = {name for name in ends if name in whole and hf_module(name) in settings.saved}
+    shared = next((whole[name] for name in ends if name in whole and name not in own), None)
+    base = shared or checkpoint.tensors[ends[0]]
+    tensors |= {name: whole[name] if name in own else base for name in ends}
+    if not own and not set(ends) & pairs.keys():
+        del tensors[ends[1]]
+        return tensors, True
+    if settings.keeps_ties:
+        raise ValueError(
+            f"{config}: has ensure_weight_tying True and changes embeddings that this model shares "
+            "with its output; merge it with PEFT"
+        )
+    return tensors, False
 
 
-def _read_pairs(file: Path, args: ModelArgs, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (R, I) and B (O, R) in float32 by canonical names, rows in the canonical order."""
+def hf_module(name: str) -> str:
+    """The last part of a module's name there, by which settings call it."""
+    return hf_name(name).removesuffix(".weight").rsplit(".")[-1]
+
+
+def _read(
+    file: Path, args: ModelArgs, settings: Settings
+) -> tuple[dict[str, _Pair], dict[str, LazyTensor]]:
+    """Pairs in float32, and whole tensors, by canonical names, rows in the canonical order."""
     data, entries = open_file(file)
-    sizes = {name: shape for name, shape in shapes(args).items() if len(shape) == 2}
-    del sizes["tok_embeddings.weight"]
+    sizes = shapes(args)
     canonical = {f"{_PREFIX}{hf_name(name).removesuffix('.weight')}": name for name in sizes}
     found: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, LazyTensor] = {}
     for name, entry in entries.items():
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        target = canonical.get(match[1]) if match else None
-        if match is None or target is None:
+        match = _NAME.fullmatch(name)
+        target = canonical.get(match["module"]) if match else None
+        if match is None or target is None or (match["table"] and "tok_emb" not in target):
             raise ValueError(f"{file}: {name:.120} is nothing that can be merged into this model")
-        rows, columns = sizes[target]
-        wanted = (rank, columns) if match[2] == "A" else (rows, rank)
+        half = match["half"]
+        if half is None:
+            wanted = sizes[target]
+        else:
+            rows, columns = sizes[target][:: -1 if match["table"] else 1]
+            rank, _ = settings.of(hf_name(target).removesuffix(".weight"))
+            wanted = (rank, columns) if half == "A" else (rows, rank)
         if entry.shape != wanted:
+            with_rank = f" and r {rank}" if half else ""
             raise ValueError(
-                f"{file}: {name:.120} is {entry.shape}, and for this model and r {rank} it should "
-                f"be {wanted}"
+                f"{file}: {name:.120} is {entry.shape}, and for this model{with_rank} it should be "
+                f"{wanted}"
             )
-        found.setdefault(target, {})[match[2]] = stored(name, data, entry, file).read().float()
-    if not found:
+        tensor = stored(name, data, entry, file)
+        heads = rotary_heads(target, args)
+        if half is None:
+            whole[target] = Reordered(tensor, heads, to_pairs=True) if heads else tensor
+            continue
+        if match["table"]:  # a table's product is the other way round: (B A)' = A' B'
+            half = "B" if half == "A" else "A"
+        matrix = tensor.read().float()
+        found.setdefault(target, {})[half] = matrix.T.contiguous() if match["table"] else matrix
+    if not found and not whole:
         raise ValueError(f"{file}: holds no tensors")
+    _check_saved(file, settings, whole)
     for target, pair in found.items():
         if len(pair) < 2:
             raise ValueError(f"{file}: has only lora_{next(iter(pair))} for {hf_name(target)}")
         if rotary_heads(target, args):
             pair["B"] = reorder(pair["B"], args.head_dim, to_pairs=True)
-    return {target: (pair["A"], pair["B"]) for target, pair in found.items()}
+    scales = {name: settings.of(hf_name(name).removesuffix(".weight"))[1] for name in found}
+    return {n: _Pair(pair["A"], pair["B"], scales[n]) for n, pair in found.items()}, whole
+
+
+_NAME = re.compile(
+    r"(?P<module>.+?)(\.lora_(?P<table>embedding_)?(?P<half>[AB]))?((?(half)|\.base_layer))?"
+    r"(?(table)|\.weight)"
+)
+
+
+def _check_saved(file: Path, settings: Settings, whole: Mapping[str, LazyTensor]) -> None:
+    held = {hf_module(name) for name in whole}
+    lacking = [name for name in settings.saved if name.rsplit(".")[-1] not in held]
+    if lacking:
+        raise ValueError(
+            f"{file.with_name('adapter_config.json')}: has modules_to_save {lacking[0]!r:.60}, "
+            f"whole modules besides the adapter, and {file.name} holds none of that name that this "
+            "model has"
+        )

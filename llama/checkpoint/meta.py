@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     args = make_args(params, path / "params.json")
     _check_names(args, shards, files)
     shared = all(_same_storage(shard) for shard in shards)
-    if args.tied and not shared and "output.weight" in shards[0]:
+    if args.tied and not shared and not all(map(_same_numbers, shards)):
         raise ValueError(
             f"{path}: params.json says tied, but output.weight is a tensor of its own; remove one"
         )
@@ -85,7 +85,7 @@ def open_meta(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         args = make_args(params | {"tied": True}, path / "params.json")
     skipped = {name: reason for name in shards[0] if (reason := ignored(name)) is not None}
     if args.tied and "output.weight" in shards[0]:
-        skipped["output.weight"] = "shares the storage of tok_embeddings.weight"
+        skipped["output.weight"] = "is tok_embeddings.weight, to which it is tied"
     _check_count(args, shards, files)
     tensors = {
         name: _join(name, shape, [shard[name] for shard in shards], path)
@@ -141,6 +141,8 @@ def find_shards(path: Path) -> list[Path]:
 def _check_names(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[Path]) -> None:
     """Every shard holds every tensor and no other; the number of layers first: it may be absurd."""
     layers = {name.split(".")[1] for name in shards[0] if name.startswith("layers.")}
+    if not layers:
+        _check_prefix(shards[0], files[0])
     if len(layers) != args.n_layers:
         raise ValueError(
             f"{files[0]}: holds {len(layers)} layers, and params.json says n_layers {args.n_layers}"
@@ -159,6 +161,17 @@ def _check_names(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[P
         if set(shard) != set(shards[0]):
             odd = sorted(set(shard) ^ set(shards[0]))
             raise ValueError(f"{file} and {files[0].name} differ in whether they hold {_some(odd)}")
+
+
+def _check_prefix(names: Collection[str], file: Path) -> None:
+    """ValueError where all names have something before them, which wrappers of models leave."""
+    for name in sorted(names):
+        match = re.fullmatch(r"(.+?)(?:layers\.\d+|tok_embeddings|norm|output)\..+", name)
+        if match:
+            raise ValueError(
+                f"{file}: its tensors have {match[1]!r:.80} before the names that Meta's files "
+                f"give them, such as {name:.120}; rename them, or save the inner model alone"
+            )
 
 
 def _check_count(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[Path]) -> None:
@@ -210,6 +223,16 @@ def _same_storage(shard: dict[str, Tensor]) -> bool:
         return False
     output, embeddings = shard["output.weight"], shard["tok_embeddings.weight"]
     return output.data_ptr() == embeddings.data_ptr() and output.shape == embeddings.shape
+
+
+def _same_numbers(shard: dict[str, Tensor]) -> bool:
+    """Whether the output is the embeddings once more, in whatever bytes, or not there at all."""
+    output = shard.get("output.weight")
+    if output is None:
+        return True
+    table = shard["tok_embeddings.weight"]
+    pairs = zip(torch.split(output, 1024), torch.split(table, 1024), strict=False)
+    return output.shape == table.shape and all(torch.equal(a.float(), b.float()) for a, b in pairs)
 
 
 def _join(name: str, shape: tuple[int, ...], pieces: list[Tensor], path: Path) -> LazyTensor:

@@ -158,5 +158,6 @@ def params_of(args: ModelArgs, *, say_tied: bool = False) -> dict[str, Any]:
             params[key] = getattr(args, key)
     if args.rope_scaling is not None and derived.rope_scaling != args.rope_scaling:
         said = asdict(args.rope_scaling)
-        params["rope_scaling"] = {key: said[key] for key in said if said[key] is not None}
+        neutral = {"factors": None, "attention_factor": 1.0}
+        params["rope_scaling"] = {k: said[k] for k in said if neutral.get(k, 0) != said[k]}
     return params

@@ -9,7 +9,6 @@ size of this rank, V vocabulary, L keys, b bytes of a number.
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from llama.checkpoint.host import UNKNOWN, memory_of_others
 from llama.checkpoint.names import groups, local_shape, shapes
 from llama.checkpoint.packed import Format, local_format
 from llama.checkpoint.source import Checkpoint, mapped_parts
@@ -386,15 +386,14 @@ def _system_memory() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass  # not Linux
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    return memory_of_others()
 
 
 def _cgroup_memory() -> int:
     """What the limits of the control groups above this process leave; very much where there are
     none.
     """
-    left = 2**62
+    left = UNKNOWN
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -425,5 +424,5 @@ def _cgroup_left(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
             for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
         )
     except (OSError, ValueError):
-        return 2**62
-    return 2**62 if most == "max" else int(most) - used + int(stat.get(reclaimable, 0))
+        return UNKNOWN
+    return UNKNOWN if most == "max" else int(most) - used + int(stat.get(reclaimable, 0))

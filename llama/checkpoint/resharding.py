@@ -8,16 +8,15 @@ is whole, so a run that was interrupted can never be taken for one that was not.
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from llama.checkpoint.meta import check_shards, write_meta
 from llama.checkpoint.source import Checkpoint
+from llama.checkpoint.tokenizer_write import meta_file
 from llama.progress import progress
-from llama.tokenizer import Tokenizer
-from llama.tokenizer_json import ranks_file
 
 _BLOCK = 2**22
 
@@ -36,11 +35,7 @@ def reshard(
     that cannot be done, before anything is written where that can be known.
     """
     check_shards(checkpoint.args, shards)
-    path, ranks = checkpoint.tokenizer_path, None
-    if path is not None and path.suffix != ".json":
-        ranks = path.read_bytes()
-    elif isinstance(tokenizer := checkpoint.open_tokenizer(), Tokenizer):
-        ranks = ranks_file(tokenizer)
+    ranks = meta_file(checkpoint)
     wanted = dtype or checkpoint.dtype
     size = checkpoint.parameters * wanted.itemsize
     with new_folder(dst, size) as part:
@@ -63,7 +58,10 @@ def new_folder(dst: str | Path, size: int) -> Iterator[Path]:
     dst = Path(dst)
     part = _beside(dst)
     existing = next(folder for folder in dst.absolute().parents if folder.exists())
-    free = shutil.disk_usage(existing).free
+    try:
+        free = shutil.disk_usage(existing).free
+    except (OSError, AttributeError):  # what does not say is full when it is full
+        free = size
     if free < size:
         raise ValueError(
             f"{dst} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free"
@@ -71,6 +69,8 @@ def new_folder(dst: str | Path, size: int) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        if dst.is_dir():
+            dst.rmdir()  # empty; Windows renames onto no folder
         part.rename(dst)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -91,13 +91,19 @@ def _beside(dst: Path) -> Path:
 
 
 def write_checklist(folder: Path, advance: Callable[[int], object]) -> None:
-    """checklist.chk in the format of md5sum, as Meta's downloads have it."""
+    """checklist.chk of the files of a folder."""
+    text = checklist({file.name: file for file in sorted(folder.iterdir())}, advance)
+    (folder / "checklist.chk").write_text(text, encoding="ascii")
+
+
+def checklist(files: Mapping[str, Path], advance: Callable[[int], object]) -> str:
+    """Files by their names in the format of md5sum, as Meta's downloads have it."""
     lines = []
-    for file in sorted(folder.iterdir()):
+    for name, file in files.items():
         digest = hashlib.md5(usedforsecurity=False)
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 digest.update(block)
                 advance(len(block))
-        lines.append(f"{digest.hexdigest()}  {file.name}\n")
-    (folder / "checklist.chk").write_text("".join(lines), encoding="ascii")
+        lines.append(f"{digest.hexdigest()}  {name}\n")
+    return "".join(lines)

@@ -19,6 +19,7 @@ from llama.checkpoint.files import check_file
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_PICKLE = 2**24  # bytes of instructions; a shard of the 405B has about 200,000
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number, which begins such a file
 # All that a dict of plain tensors is made of: storages, dtypes (in lower case), and these functions
 _PLAIN = (
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v[23]|parameter)"
@@ -40,6 +41,11 @@ def map_shard(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: is a web page or XML, no weights; download it again")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file}: is a git-lfs pointer; fetch what it stands for (git lfs pull)")
+    if head.startswith(_LEGACY):
+        raise ValueError(
+            f"{file}: is in the format that torch.save wrote before torch 1.6, which cannot be "
+            "mapped; torch.load it with weights_only=True and torch.save it again"
+        )
     if not head.startswith(b"PK\x03\x04"):
         raise ValueError(f"{file}: is no file that torch.save writes (a zip archive)")
     try:

@@ -34,4 +34,6 @@ def supported(
     size = args.head_dim
     if not 16 <= size <= 256:
         return f"the head size is {size}, not between 16 and 256"
+    if args.rope_scaling is not None and args.rope_scaling.attention_factor != 1:
+        return f"its rotary scaling has attention_factor {args.rope_scaling.attention_factor:g}"
     return None

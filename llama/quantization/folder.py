@@ -20,11 +20,10 @@ from llama.checkpoint.quantized import FILE, KEY, VERSION
 from llama.checkpoint.resharding import new_folder, write_checklist
 from llama.checkpoint.safetensors import header_of
 from llama.checkpoint.source import Checkpoint, cast, rows_of
+from llama.checkpoint.tokenizer_write import as_bytes, copies, files_of
 from llama.progress import progress
 from llama.quantization.placing import pack_rows
 from llama.quantization.recipe import Recipe, described, formats_of
-from llama.tokenizer import Tokenizer
-from llama.tokenizer_json import ranks_file
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +44,14 @@ def write_quantized(
     can be known. An interrupted run leaves nothing under the name `dst`.
     """
     formats = formats_of(recipe, checkpoint.args)
-    tokenizer = _tokenizer_file(checkpoint)
+    tokenizer = _tokenizer_files(checkpoint)
     layout = _layout(checkpoint, formats)
     size = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
     said = {
         "version": VERSION,
         "recipe": described(recipe),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "stop_token_ids": list(checkpoint.stop_token_ids),
+        "stop_token_ids": _stop_token_ids(checkpoint),
         "chat_template": checkpoint.chat_template,
     }
     header = header_of(layout, {"format": "pt", KEY: json.dumps(said)})
@@ -61,25 +60,33 @@ def write_quantized(
             _write(part / FILE, header, layout, checkpoint, formats, torch.device(device), advance)
         text = json.dumps(params_of(checkpoint.args, say_tied=True)) + "\n"
         (part / "params.json").write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            (part / tokenizer[0]).write_bytes(tokenizer[1])
+        for name, data in tokenizer.items():
+            (part / name).write_bytes(data)
         with progress("checksums", size, unit="B", enabled=show_progress) as advance:
             write_checklist(part, advance)
     return Path(dst)
 
 
-def _tokenizer_file(checkpoint: Checkpoint) -> tuple[str, bytes] | None:
-    """Name and bytes of the tokenizer's file, also of one that came inside another file."""
-    path = checkpoint.tokenizer_path
-    if path is not None:
-        name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
-        return name, path.read_bytes()
-    tokenizer = checkpoint.open_tokenizer()
-    if isinstance(tokenizer, Tokenizer):
-        return "tokenizer.model", ranks_file(tokenizer)
-    why = "has no tokenizer" if tokenizer is None else "has a tokenizer that no file can hold"
-    logger.warning("%s %s, so none is written", checkpoint.path, why)
-    return None
+def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The tokenizer's files by name, also of one that came inside another file."""
+    tokenizer, path = checkpoint.open_tokenizer(), checkpoint.tokenizer_path
+    if tokenizer is None:
+        logger.warning("%s has no tokenizer, so none is written", checkpoint.path)
+        return {}
+    if path is not None and not tokenizer.stated:
+        return {"tokenizer.model": path.read_bytes()}
+    template, context = checkpoint.chat_template, checkpoint.args.context_length
+    texts = copies(checkpoint, tokenizer) or files_of(tokenizer, template, context)
+    return {name: as_bytes(name, text) for name, text in texts.items()}
+
+
+def _stop_token_ids(checkpoint: Checkpoint) -> list[int]:
+    """Those of the files beside the tokenizer; its own as well where it came inside a file, of
+    which its new files do not say them all."""
+    ids = list(checkpoint.stop_token_ids)
+    tokenizer = checkpoint.open_tokenizer() if checkpoint.tokenizer_path is None else None
+    own = () if tokenizer is None else tokenizer.stop_tokens
+    return ids + sorted(t for t in own if t not in ids and t < checkpoint.args.vocab_size)
 
 
 def _layout(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> _Layout:

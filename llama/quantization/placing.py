@@ -16,6 +16,7 @@ from llama.checkpoint import Checkpoint
 from llama.checkpoint import load as load_plain
 from llama.checkpoint.names import local_shape, local_slice
 from llama.checkpoint.packed import Format, Packed, local_format
+from llama.checkpoint.plan import is_mapped
 from llama.checkpoint.quantized import PackedTensor
 from llama.checkpoint.source import LazyTensor, make_room, rows_of
 from llama.model import Transformer
@@ -52,13 +53,15 @@ def load(
             "quantization, or on one GPU",
             ranks.size,
         )
-    place = _Placer(checkpoint, wanted, ranks, torch.device(device), dtype or checkpoint.dtype)
+    kind = dtype or checkpoint.dtype
+    place = _Placer(checkpoint, wanted, ranks, torch.device(device), kind)
     return load_plain(
         checkpoint,
         ranks=ranks,
         device=device,
         dtype=dtype,
         place=place if wanted else None,
+        keep_mapped=not wanted or is_mapped(checkpoint, ranks, torch.device(device), kind, wanted),
         show_progress=show_progress,
     )
 
