@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import engine_of, small
+from emulated import Emulated, engine_of, small
 
 import llama.engine.engine
+from llama.cuda import launch
 from llama.engine import Engine
 from llama.sampling import SamplingParams
 
@@ -353,25 +354,43 @@ def test_any_other_error_is_found_out_by_running_each_alone():
         assert reason == ("error" if grows_to_eleven else "length")
 
 
-def test_a_kernel_that_cannot_be_loaded_leaves_the_plain_path_and_one_warning(caplog):
+class OutOfResources(Exception):
+    """As Triton's."""
+
+
+OutOfResources.__module__ = "triton.runtime.errors"
+
+
+class TooLarge(Emulated):
+    """A captured step whose kernels need more than `room` of what its device gives."""
+
+    room = 0
+
+    def launch(self):
+        if launch.multiprocessors_and_memory(self.device)[1] > self.room:
+            raise OutOfResources("out of resource: shared memory")
+        super().launch()
+
+
+@pytest.mark.parametrize(("room", "stays"), [(100_000, True), (0, False)])
+def test_a_kernel_that_cannot_be_loaded_is_made_smaller_or_done_without(
+    caplog, monkeypatch, room, stays
+):
+    monkeypatch.setattr(launch, "_less", {})
+    monkeypatch.setattr(TooLarge, "room", room)
     model = small()
     expected = [r.tokens for r in answers(engine_of(model), PROMPTS, GREEDY)]
-    engine = engine_of(model, "captured")
-
-    class OutOfResources(Exception):
-        """As Triton's."""
-
-    OutOfResources.__module__ = "triton.runtime.errors"
-
-    def launch():
-        raise OutOfResources("out of resource: shared memory")
-
-    engine.captured.launch = launch
-    assert [r.tokens for r in answers(engine, PROMPTS, GREEDY)] == expected
-    assert engine.captured is None
-    assert [r.message.split(":")[0] for r in caplog.records] == [
-        "a kernel cannot be used here, running without"
-    ]
+    engine = engine_of(model)
+    engine.captured = TooLarge(model, engine.cache, 4, engine.n_words)
+    with monkeypatch.context() as patch:  # its forward would run kernels in the interpreter
+        patch.setattr(type(engine), "forward", model, raising=False)
+        patch.setattr(engine.captured, "forward", model)
+        requests = [engine.submit(p, GREEDY) for p in PROMPTS]
+        finish(engine)
+    assert [r.tokens for r in requests] == expected
+    assert (engine.captured is not None) == stays
+    said = [r.message.split(":")[0] for r in caplog.records if r.levelname == "WARNING"]
+    assert said == [] if stays else ["a kernel cannot be used here, running without"]
 
 
 # ---- schedules

@@ -377,12 +377,20 @@ class Engine:
         return []
 
     def _without_kernels(self, error: Exception) -> bool:
-        """After a failure: whether it was one of loading kernels, which are then done without."""
+        """After a failure: whether it was one of loading kernels. Smaller ones are made then, or,
+        if there are none, the plain model goes on."""
         self._forget_captured()
         if self.captured is None or not type(error).__module__.startswith("triton"):
             return False
-        logger.warning("a kernel cannot be used here, running without: %s", error)
-        self.captured, self.forward = None, self.model
+        from llama.cuda.launch import use_less
+
+        made, self.captured, self.forward = type(self.captured), None, self.model
+        if type(error).__name__ == "OutOfResources" and use_less(self.device):
+            logger.info("a kernel needs too much here, smaller ones are made: %s", error)
+            self.captured = made(self.model, self.cache, self.cache.n_slots, self.n_words)
+            self.forward = self.captured.forward
+        else:
+            logger.warning("a kernel cannot be used here, running without: %s", error)
         return True
 
     def _run(self, work: Work) -> tuple[list[Request], Tensor]:
