@@ -90,6 +90,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_p=top_p, max_tokens=_positive(max_gen_len, "max_gen_len")
     )
+    cli.as_typed(system or "", "--system")
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -144,6 +145,8 @@ def complete(
     """
     limit = _positive(max_gen_len, "max_gen_len")
     SamplingParams(temperature=temperature, top_p=top_p)  # says what is wrong before much is done
+    for text_of_stop in stop:
+        cli.as_typed(text_of_stop, "--stop")
     from_input = (text if file is None else file) in (None, "-")
     given = "" if from_input else _beginning(text, file)
     llama = Llama.build(
@@ -159,8 +162,8 @@ def complete(
         if llama.is_main and not json:
             print(piece.text, end="", flush=True)
     if llama.is_main and json:
-        print(json_format.dumps({"prompt": given, "generation": said, "finish_reason": reason,
-                                 "tokens": tokens}, ensure_ascii=False))  # fmt: skip
+        print(cli.as_json({"prompt": given, "generation": said, "finish_reason": reason,
+                           "tokens": tokens}))  # fmt: skip
     elif llama.is_main:
         print()
 
@@ -202,7 +205,7 @@ def tokenize(
     ]
     if json:
         found = {"text": whole, "count": len(ids), "ids": ids, "pieces": pieces}
-        print(json_format.dumps(found, ensure_ascii=False))
+        print(cli.as_json(found))
     elif decode is not None:
         print(whole)
     else:
@@ -395,7 +398,9 @@ def _given(text: str | None, file: str | None) -> str:
     """The text as it was typed, or that of the file, or of standard input."""
     if text is not None and file is not None:
         raise ValueError("give either a text or --file")
-    return cli.read_text(file) if text in (None, "-") else text
+    if text is None or text == "-":
+        return cli.read_text(file)
+    return cli.as_typed(text, "the text")
 
 
 def _beginning(text: str | None, file: str | None) -> str:

@@ -8,17 +8,19 @@ status that is not 0, in one sentence or without words, never with a traceback.
 import contextlib
 import errno
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 import fire
 
 from llama.arguments import SEVERAL, Command, Signature, UsageError, split
 
-__all__ = ["SEVERAL", "Command", "read_text", "run", "sentence"]
+__all__ = ["SEVERAL", "Command", "as_json", "as_typed", "read_text", "run", "sentence"]
 
 
 def run(commands: Command | Mapping[str, Command], name: str | None = None) -> None:
@@ -38,22 +40,18 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
             _run(commands, name or Path(sys.argv[0]).name, words, not found <= {"--debug"})
             sys.stdout.flush()
     except UsageError as error:
-        if sys.stderr is not None:
-            sys.stderr.write(_printable(str(error)) + "\n")
-        sys.exit(2)
+        _end(str(error), 2)
     except BrokenPipeError:
-        _let_go()
-        sys.exit(1)
+        _end("", 1)
     except KeyboardInterrupt:
-        _let_go()
-        sys.exit(130)
+        _end("", 130)
     except (ValueError, OSError, ImportError) as error:
         if "--debug" in found:
             raise
-        lost = _let_go()
+        lost = _let_go(sys.stdout)
         if lost is not None and isinstance(error, OSError) and error.errno == lost.errno:
             error = OSError(lost.errno, lost.strerror, "standard output")
-        sys.exit(sentence(error))
+        _end(sentence(error), 1)
 
 
 def _run(
@@ -120,20 +118,27 @@ class _Closed(io.TextIOBase):
         raise OSError(errno.EBADF, "it is closed", "standard output")
 
 
-def _let_go() -> OSError | None:
-    """Forget what cannot be written to the standard streams, which Python would try again at its
-    end; the error of standard output, if it had one."""
-    lost = None
-    for stream in (sys.stderr, sys.stdout):
-        lost = None
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError as error:
-            lost = error
-            with contextlib.suppress(OSError):  # a stream without a number
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return lost
+def _end(words: str, status: int) -> NoReturn:
+    """End the process, whatever has become of the standard streams."""
+    with contextlib.suppress(OSError):
+        if words and sys.stderr is not None:
+            sys.stderr.write(_printable(words) + "\n")
+    _let_go(sys.stdout)
+    _let_go(sys.stderr)
+    sys.exit(status)
+
+
+def _let_go(stream: TextIO | None) -> OSError | None:
+    """Forget what a stream cannot write, which Python would try again at its end, and say why."""
+    if stream is None:
+        return None
+    try:
+        stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # a stream without a number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
 
 
 def sentence(error: Exception) -> str:
@@ -166,6 +171,22 @@ def read_text(file: str | None) -> str:
         raise ValueError(
             f"{where} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}"
         ) from None
+
+
+def as_typed(text: str, what: str) -> str:
+    """The text; ValueError where the shell had bytes that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise ValueError(f"{what} is not UTF-8 text: its byte 0x{byte:02x} is none") from None
+    return text
+
+
+def as_json(value: object) -> str:
+    """JSON with the characters that standard output can show, and escapes for others."""
+    plain = (getattr(sys.stdout, "encoding", None) or "utf-8").lower() in ("utf-8", "utf8")
+    return json.dumps(value, ensure_ascii=not plain)
 
 
 def _printable(text: str) -> str:

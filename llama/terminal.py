@@ -72,7 +72,8 @@ class Terminal:
             sys.stdout.write(text.translate(self._filter))
             sys.stdout.flush()
         except OSError as error:
-            raise Unseen(error) from error
+            error.filename = error.filename or "standard output"
+            raise Unseen from error
 
     def note(self, text: str) -> None:
         """Anything that is no answer, on lines of its own; lost where stderr cannot be written."""
