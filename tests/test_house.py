@@ -29,7 +29,7 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 
 # Rooms from the ground up. A room imports from lower floors only, or from itself.
 FLOORS = (
-    {"arguments"},
+    {"arguments", "meeting"},
     {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json", "terminal"},
     {"model", "tokenizer", "verify", "sandbox"},
     {"streaming", "tokenizer_json", "settings"},
