@@ -13,12 +13,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from llama import cli
 from llama.terminal import ctrl_c_ends
 
 with ctrl_c_ends(__name__ == "__main__"):  # also while torch is imported: that takes seconds
     from llama import bench as benching
     from llama import chat as talking
+    from llama import cli
     from llama.checkpoint import convert as write_format
     from llama.checkpoint import merge_adapter, open_checkpoint
     from llama.checkpoint import reshard as write_shards
