@@ -24,6 +24,20 @@ SEVERAL = tuple[str, ...]
 
 _FLAG = re.compile(r"(--?[A-Za-z][\w-]*)(?:=(.*))?", re.S)
 _PLAIN = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
+_PATHS = {
+    "dir",
+    "path",
+    "file",
+    "src",
+    "dst",
+    "adapter",
+    "against",
+    "plot",
+}  # how names of them end
+# What other programs call things.
+_ELSEWHERE = {"max_tokens": "max_gen_len", "max_new_tokens": "max_gen_len", "prompt": "text",
+              "input": "src", "output": "dst", "model": "ckpt_dir", "ctx": "max_seq_len",
+              "context": "max_seq_len", "batch_size": "max_batch_size"}  # fmt: skip
 _YES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -48,7 +62,7 @@ class Signature:
             word for word, one in self.parameters.items() if one.kind is not one.KEYWORD_ONLY
         ]
 
-    def sorted(self, words: Sequence[str]) -> list[str]:
+    def arranged(self, words: Sequence[str]) -> list[str]:
         """The words of a command line in the form that fire reads.
 
         `--word text`, `--word=text`, `-w text` where no other option begins with w, `--yes` and
@@ -113,6 +127,8 @@ class Signature:
         if word in self.several:
             return tuple(json.loads(text))
         if str in kinds:
+            if not text and word.split("_")[-1] in _PATHS:
+                raise ValueError(f"--{word} is empty; it must be the name of a file or folder")
             return text
         value = _literal(text)
         if not kinds or not set(kinds) <= set(_PLAIN):
@@ -169,10 +185,12 @@ class Signature:
     def _like(self, word: str) -> list[str]:
         """Which parameters somebody may have meant, the nearest first."""
         names = list(self.parameters)
+        if _ELSEWHERE.get(word) in names:
+            return [_ELSEWHERE[word]]
         begin = [each for each in names if each.startswith(word) or word.startswith(each)]
         parts = set(word.split("_")) - {"max", "no"}
         share = [each for each in names if len(word) > 2 and parts & set(each.split("_"))]
-        return begin or get_close_matches(word, names, 1, 0.5) or share
+        return begin or get_close_matches(word, names, 1) or share
 
     def _value(self, word: str, rest: list[str], free: Sequence[str]) -> str:
         """The value of an option whose flag has none: the next word, or for a switch often none."""

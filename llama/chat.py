@@ -185,6 +185,7 @@ class Chat:
         if tokens or request.finish_reason == "stop":
             turn.answer = list(request.tokens)
         self._say_end(request)
+        self.failed += request.finish_reason == "cancelled"  # nobody else would know through a pipe
         if self.terminal.interactive:
             self._say_speed(request, (first or now) - began, now - (first or now))
 

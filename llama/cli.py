@@ -76,7 +76,7 @@ def _run(
         sys.stdout.write(signature.page(program))
         return
     chosen: list[Callable[[], None]] = []
-    fire.Fire(signature.call(chosen.append), command=signature.sorted(words), name=program)
+    fire.Fire(signature.call(chosen.append), command=signature.arranged(words), name=program)
     for call in chosen:
         call()
 
