@@ -48,9 +48,6 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
     except (ValueError, OSError, ImportError) as error:
         if "--debug" in found:
             raise
-        lost = _let_go(sys.stdout)
-        if lost is not None and isinstance(error, OSError) and error.errno == lost.errno:
-            error = OSError(lost.errno, lost.strerror, "standard output")
         _end(sentence(error), 1)
 
 
@@ -84,7 +81,7 @@ def _run(
 def _listing(commands: Mapping[str, Command], name: str) -> Iterator[str]:
     yield f"{name} COMMAND ...   (COMMAND --help says more; --debug shows tracebacks)"
     for word, command in commands.items():
-        yield f"  {word:10}  {(command.__doc__ or '').splitlines()[0]}"
+        yield f"  {word:10}  {(command.__doc__ or '').partition(chr(10))[0]}".rstrip()
 
 
 @contextlib.contextmanager
@@ -98,8 +95,16 @@ def _streams() -> Iterator[None]:
     if None in (sys.stdin, *before):
         while os.open(os.devnull, os.O_RDWR) < 2:
             pass
+    named = None
     if sys.stdout is None:
         sys.stdout = _Closed()
+    elif type(sys.stdout) is io.TextIOWrapper:
+        sys.stdout = named = _Output(
+            sys.stdout.buffer,
+            sys.stdout.encoding,
+            line_buffering=sys.stdout.line_buffering,
+            write_through=sys.stdout.write_through,
+        )
     if sys.stderr is None:
         sys.stderr = io.TextIOWrapper(io.BytesIO())
     for stream in (sys.stdout, sys.stderr):
@@ -108,7 +113,31 @@ def _streams() -> Iterator[None]:
     try:
         yield
     finally:
+        if named is not None:
+            _let_go(named)
+            named.detach()
         sys.stdout, sys.stderr = before
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output, with its name in its errors."""
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            super().flush()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _named() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = "standard output"
+            raise
 
 
 class _Closed(io.TextIOBase):
@@ -128,17 +157,14 @@ def _end(words: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _let_go(stream: TextIO | None) -> OSError | None:
-    """Forget what a stream cannot write, which Python would try again at its end, and say why."""
-    if stream is None:
-        return None
+def _let_go(stream: TextIO | None) -> None:
+    """Forget what a stream cannot write, which Python would try again, and complain, at its end."""
     try:
-        stream.flush()
-    except OSError as error:
+        if stream is not None:
+            stream.flush()
+    except OSError:
         with contextlib.suppress(OSError):  # a stream without a number
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return error
-    return None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 def sentence(error: Exception) -> str:

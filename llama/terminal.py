@@ -72,7 +72,6 @@ class Terminal:
             sys.stdout.write(text.translate(self._filter))
             sys.stdout.flush()
         except OSError as error:
-            error.filename = error.filename or "standard output"
             raise Unseen from error
 
     def note(self, text: str) -> None:
