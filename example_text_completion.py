@@ -3,8 +3,11 @@
 torchrun --nproc_per_node 1 example_text_completion.py --ckpt_dir llama/demo
 """
 
-from llama import Llama, cli
-from llama.generation import check_sampling
+from llama.terminal import ctrl_c_ends
+
+with ctrl_c_ends(__name__ == "__main__"):  # also while torch is imported
+    from llama import Llama, cli
+    from llama.generation import check_sampling
 
 PROMPTS = [
     "The capital of Italy is",

@@ -8,33 +8,37 @@ docstrings.
 import json as json_format
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
 
-from llama import bench as benching
-from llama import chat as talking
-from llama import cli
-from llama.checkpoint import convert as write_format
-from llama.checkpoint import merge_adapter, open_checkpoint
-from llama.checkpoint import reshard as write_shards
-from llama.comparison import check_plot, compare_all, table
-from llama.comparison import plot as draw
-from llama.generation import Llama
-from llama.inspection import inspect, tokenizer_alone
-from llama.parallel import is_first_process, local_device
-from llama.perplexity import check_window, default_window, score
-from llama.quantization import formats_of, write_quantized
-from llama.sampling import SamplingParams
-from llama.settings import CHUNK_ROWS, as_dtype, dtype_name
-from llama.verify import verify as find_problems
+from llama.terminal import ctrl_c_ends
+
+with ctrl_c_ends(__name__ == "__main__"):  # also while torch is imported: that takes seconds
+    from llama import bench as benching
+    from llama import chat as talking
+    from llama import cli
+    from llama.checkpoint import convert as write_format
+    from llama.checkpoint import merge_adapter, open_checkpoint
+    from llama.checkpoint import reshard as write_shards
+    from llama.comparison import check_plot, compare_all, table
+    from llama.comparison import plot as draw
+    from llama.generation import Llama
+    from llama.inspection import inspect, tokenizer_alone
+    from llama.parallel import is_first_process, local_device
+    from llama.perplexity import check_window, default_window, score
+    from llama.quantization import formats_of, write_quantized
+    from llama.sampling import SamplingParams
+    from llama.settings import CHUNK_ROWS, as_dtype, dtype_name
+    from llama.verify import verify as find_problems
 
 DEMO = str(Path(__file__).parent / "demo")
 
 
 def info(
     ckpt_dir: str,
+    *,
     max_batch_size: int = 1,
     max_seq_len: int | None = None,
     dtype: str | None = None,
@@ -61,6 +65,7 @@ def info(
 
 def chat(
     ckpt_dir: str = DEMO,
+    *,
     tokenizer_path: str | None = None,
     max_seq_len: int | None = None,
     max_gen_len: int | None = None,
@@ -90,6 +95,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_p=top_p, max_tokens=_positive(max_gen_len, "max_gen_len")
     )
+    cli.as_typed(system or "", "--system")
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -102,11 +108,13 @@ def chat(
     about = "The demo, which knows a very small world. " if ckpt_dir == DEMO else ""
     room = llama.engine.cache.max_seq_len
     hello = f"{about}{room} tokens of context. /help lists what else can be done."
-    talking.chat(llama, params, system, hello)
+    if not talking.chat(llama, params, system, hello):
+        sys.exit(1)  # stderr has the sentences
 
 
 def complete(
     text: str | None = None,
+    *,
     ckpt_dir: str = DEMO,
     tokenizer_path: str | None = None,
     file: str | None = None,
@@ -124,7 +132,7 @@ def complete(
     """Continue a text, which is given here, in a file, or on standard input.
 
     Args:
-        text: the beginning, as it is; without it and --file, standard input is read.
+        text: the beginning, as it is; without it and --file, or as -, standard input is read.
         ckpt_dir: folder of weights, Meta's or Hugging Face's; the demo by default.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         file: read the beginning from here. One line end at its end is left out, as on standard
@@ -142,15 +150,15 @@ def complete(
     """
     limit = _positive(max_gen_len, "max_gen_len")
     SamplingParams(temperature=temperature, top_p=top_p)  # says what is wrong before much is done
-    given = None if text is None and file is None else _given(text, file)
+    for text_of_stop in stop:
+        cli.as_typed(text_of_stop, "--stop")
+    from_input = (text if file is None else file) in (None, "-")
+    given = "" if from_input else _beginning(text, file)
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, device=device, dtype=dtype, quantize=quantize
     )
-    if given is None:  # only one rank can read it
-        read = cli.read_text(None) if llama.is_main else ""
-        given = llama.model.ranks.tell(read.encode()).decode()
-    if text is None:
-        given = given.removesuffix("\n").removesuffix("\r")
+    if from_input:
+        given = _told(llama, partial(_beginning, text, file))
     pieces = llama.stream_text_completion([given], temperature, top_p, limit, seed=seed, stop=stop)
     said, tokens, reason = "", 0, None
     for piece in pieces:
@@ -159,14 +167,15 @@ def complete(
         if llama.is_main and not json:
             print(piece.text, end="", flush=True)
     if llama.is_main and json:
-        print(json_format.dumps({"prompt": given, "generation": said, "finish_reason": reason,
-                                 "tokens": tokens}, ensure_ascii=False))  # fmt: skip
+        print(cli.as_json({"prompt": given, "generation": said, "finish_reason": reason,
+                           "tokens": tokens}))  # fmt: skip
     elif llama.is_main:
         print()
 
 
 def tokenize(
     text: str | None = None,
+    *,
     ckpt_dir: str = DEMO,
     tokenizer_path: str | None = None,
     file: str | None = None,
@@ -177,7 +186,8 @@ def tokenize(
     """Show the token ids of a text, or the text of token ids.
 
     Args:
-        text: as it is; without it, --file and --decode, standard input is read, to its last byte.
+        text: as it is; without it, --file and --decode, or as -, standard input is read, to its
+            last byte.
         ckpt_dir: folder with tokenizer.model or tokenizer.json; the demo by default.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         file: read the text from here.
@@ -200,7 +210,7 @@ def tokenize(
     ]
     if json:
         found = {"text": whole, "count": len(ids), "ids": ids, "pieces": pieces}
-        print(json_format.dumps(found, ensure_ascii=False))
+        print(cli.as_json(found))
     elif decode is not None:
         print(whole)
     else:
@@ -211,6 +221,7 @@ def tokenize(
 def perplexity(
     ckpt_dir: str,
     text_file: str,
+    *,
     tokenizer_path: str | None = None,
     window: int | None = None,
     stride: int | None = None,
@@ -272,6 +283,7 @@ def perplexity(
 
 def bench(
     ckpt_dir: str | None = None,
+    *,
     shape: str | None = None,
     rows: str | None = None,
     contexts: str | None = None,
@@ -314,7 +326,7 @@ def bench(
     print(json_format.dumps(asdict(report)) if json else "\n".join(benching.lines(report)))
 
 
-def reshard(src: str, dst: str, shards: int, dtype: str | None = None) -> None:
+def reshard(src: str, dst: str, shards: int, *, dtype: str | None = None) -> None:
     """Write a model in another number of files, in Meta's format.
 
     Args:
@@ -333,6 +345,7 @@ def convert(
     src: str,
     dst: str,
     format: str,
+    *,
     shards: int = 1,
     dtype: str | None = None,
     type: str | None = None,
@@ -358,7 +371,7 @@ def convert(
     print(f"{dst}: {checkpoint.parameters:,} parameters, {what}")
 
 
-def quantize(src: str, dst: str, quantize: str, device: str | None = None) -> None:
+def quantize(src: str, dst: str, quantize: str, *, device: str | None = None) -> None:
     """Write a model with quantized weights, and its tokenizer, which then load as they are.
 
     Args:
@@ -387,9 +400,35 @@ def _positive(number: int | None, name: str) -> int | None:
 
 
 def _given(text: str | None, file: str | None) -> str:
+    """The text as it was typed, or that of the file, or of standard input."""
     if text is not None and file is not None:
         raise ValueError("give either a text or --file")
-    return cli.read_text(file) if text is None else text
+    if text is None or text == "-":
+        return cli.read_text(file)
+    return cli.as_typed(text, "the text")
+
+
+def _beginning(text: str | None, file: str | None) -> str:
+    """The same, without the line end that files have; ValueError where a file is empty."""
+    given = _given(text, file)
+    if text not in (None, "-"):
+        return given
+    given = given.removesuffix("\n").removesuffix("\r")
+    if not given:
+        where = "standard input" if file in (None, "-") else file
+        raise ValueError(f'{where} is empty: give a text; "" stands for one that just begins')
+    return given
+
+
+def _told(llama: Llama, read: Callable[[], str]) -> str:
+    """What one rank alone can read, on every rank; ends all of them where it cannot."""
+    ranks, text, problem = llama.model.ranks, "", None
+    try:
+        text = read() if llama.is_main else ""
+    except (ValueError, OSError) as error:
+        problem = error
+    ranks.agree(problem, "reading the text")
+    return ranks.tell(text.encode()).decode()
 
 
 def _ids(text: str) -> list[int]:
@@ -438,11 +477,7 @@ COMMANDS: dict[str, cli.Command] = {
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        return cli.run(COMMANDS, "python -m llama")
-    print("python -m llama COMMAND ...   (COMMAND --help says more; --debug shows tracebacks)")
-    for name, command in COMMANDS.items():
-        print(f"  {name:10}  {(command.__doc__ or '').splitlines()[0]}")
+    cli.run(COMMANDS, "python -m llama")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from llama.conversation import Conversation
 from llama.engine import Request
 from llama.generation import Llama
 from llama.sampling import SamplingParams
-from llama.terminal import Terminal
+from llama.terminal import Terminal, Unseen
 from llama.tokenizer import IncrementalDecoder
 
 # What /set knows: the field of SamplingParams, what it is read as, and whether it may be none.
@@ -103,34 +103,49 @@ class Chat:
         self.answers = Answers(llama)
         self.room = llama.engine.cache.max_seq_len
         self.leaving = False
+        self.failed = 0  # lines that did not get what they asked for
+        self._answered = False  # whether the line that is taken has its place in the output
         self._own_files: set[Path] = set()
 
     def run(self) -> None:
-        """Talk until the person leaves, or the input ends."""
-        while not self.leaving:
-            try:
-                text, fenced = self.terminal.read()
-            except EOFError:
-                if self.terminal.interactive:
-                    self.terminal.note("")  # whatever comes next begins a line
-                break
-            except KeyboardInterrupt:
-                if not self.terminal.interactive:
-                    raise
-                self.terminal.note("\n(Ctrl-D or /quit leaves)")
-                continue
-            try:
-                self.take(text, fenced)
-            except BrokenPipeError:  # nobody reads on
-                self.answers.close()
-                raise
-            except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
-                self.terminal.note(sentence(error))
-            except KeyboardInterrupt as pressed:
-                if pressed.args or not self.terminal.interactive:
-                    raise  # twice in one answer: out of here
-                self.terminal.note("\n(Ctrl-D or /quit leaves)")  # once, when it was just over
+        """Talk until the person leaves, or the input ends.
+
+        Through a pipe each message, and each line that is none, has its place in the output: an
+        answer, or else an empty line. Raises OSError where no answer can be shown any more.
+        """
+        try:
+            while not self.leaving:
+                try:
+                    text, fenced = self.terminal.read()
+                except EOFError:
+                    if self.terminal.interactive:
+                        self.terminal.note("")  # whatever comes next begins a line
+                    break
+                except KeyboardInterrupt:
+                    if not self.terminal.interactive:
+                        raise
+                    self.terminal.note("\n(Ctrl-D or /quit leaves)")
+                    continue
+                self._take_whole(text, fenced)
+        except Unseen as unseen:
+            self.answers.close()
+            raise unseen.__cause__ or unseen from None
         self.answers.close()
+
+    def _take_whole(self, text: str, fenced: bool) -> None:
+        """Take a line; what is wrong with it is said, and the talk goes on."""
+        self._answered = False
+        try:
+            self.take(text, fenced)
+        except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
+            self.failed += 1
+            self.terminal.note(sentence(error))
+        except KeyboardInterrupt as pressed:
+            if pressed.args or not self.terminal.interactive:
+                raise  # twice in one answer: out of here
+            self.terminal.note("\n(Ctrl-D or /quit leaves)")  # once, when it was just over
+        if not self.terminal.interactive and not self._answered:
+            self.terminal.show("\n")
 
     def take(self, text: str, fenced: bool = False) -> None:
         """A command, or a message to answer; an empty line is neither.
@@ -168,10 +183,12 @@ class Chat:
                         break
         finally:
             now = time.monotonic()
+            self._answered = True
             self.terminal.show(decoder.flush() + "\n")
         if tokens or request.finish_reason == "stop":
             turn.answer = list(request.tokens)
         self._say_end(request)
+        self.failed += request.finish_reason == "cancelled"  # nobody else would know through a pipe
         if self.terminal.interactive:
             self._say_speed(request, (first or now) - began, now - (first or now))
 
@@ -328,12 +345,20 @@ def _path(text: str, command: str) -> Path:
     return Path(text).expanduser()
 
 
-def chat(llama: Llama, params: SamplingParams, system: str | None = None, hello: str = "") -> None:
-    """Talk at this process's terminal, or follow the rank that does; `hello` is said at first."""
+def chat(llama: Llama, params: SamplingParams, system: str | None = None, hello: str = "") -> bool:
+    """Talk at this process's terminal, or follow the rank that does; `hello` is said at first.
+
+    Whether all went well: False where nobody is there to see that a line failed, and one did.
+    """
     if not llama.is_main:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank says when to stop
-        return Answers(llama).follow()
+        Answers(llama).follow()
+        return True
     terminal = Terminal(list(COMMANDS))
     if terminal.interactive and hello:
         terminal.note(hello)
-    Chat(llama, terminal, params, system).run()
+    one = Chat(llama, terminal, params, system)
+    one.run()
+    if terminal.closed:
+        terminal.note("standard input is closed: there is nothing to answer")
+    return terminal.interactive or not (one.failed or terminal.closed)

@@ -258,7 +258,7 @@ def check_plot(file: str | Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ImportError(
-            "a plot needs a package that is not installed: pip install 'llama[plot]'"
+            "a plot needs a package that is not installed: pip install -e '.[plot]'"
         ) from None
 
 

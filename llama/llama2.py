@@ -192,7 +192,7 @@ def _load(data: bytes, path: str) -> Any:  # noqa: ANN401
     except ImportError:
         raise ImportError(
             f"{path} is a SentencePiece model, of Llama 1 or 2; reading it needs a package that is "
-            "not installed: pip install 'llama[llama2]'"
+            "not installed: pip install -e '.[llama2]'"
         ) from None
     if not is_sentencepiece(data):
         raise ValueError(

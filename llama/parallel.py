@@ -25,6 +25,9 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from fairscale.nn.model_parallel import mappings
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+
+from llama.meeting import Place, RankError, meet
 
 FOREVER = timedelta(days=365)
 BEAT = 1.0  # seconds between two signs of life
@@ -99,7 +102,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Where ranks need each other: RuntimeError, or the end, when another one is gone."""
+        """Where ranks need each other: RankError, or the end, when another one is gone."""
         try:
             if self.watch:
                 self.watch.waiting_since = time.monotonic()
@@ -107,7 +110,7 @@ class Ranks:
         except RuntimeError as error:
             gone = isinstance(error, dist.DistError) or "peer" in str(error)
             if self.size > 1 and gone:
-                raise RuntimeError(lost(self.rank, self.size, str(error))) from error
+                raise RankError(lost(self.rank, self.size, str(error))) from error
             raise
         finally:
             if self.watch:
@@ -145,7 +148,7 @@ class Ranks:
         if problem is not None:
             raise problem
         if failed:
-            raise RuntimeError(f"{doing} failed on rank {failed[0]}, whose own output says why")
+            raise RankError(f"{doing} failed on rank {failed[0]}, whose own output says why")
 
 
 ONE = Ranks()
@@ -176,11 +179,13 @@ def local_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device={device!r}: use cuda, cuda:N, mps or cpu") from error
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        number = _variable("LOCAL_RANK", 0) if device.index is None else None
+        index = (number or 0) if device.index is None else device.index
         if index >= count:
+            whose = "" if number is None else f" (LOCAL_RANK={number} stands in the environment)"
             raise ValueError(
-                f"cuda:{index} is needed, and this machine shows {count} GPUs: start as many "
-                "processes on it as it has GPUs, or use device='cpu'"
+                f"cuda:{index} is needed, and this machine shows {count} GPUs{whose}: start as "
+                "many processes on it as it has GPUs, or use device='cpu'"
             )
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -193,10 +198,11 @@ def join(model_parallel_size: int | None, device: torch.device) -> Ranks:
 
     A process group that the caller made is used as it is. Raises ValueError, before any
     communication, where the number of processes does not fit `model_parallel_size` (None: all of
-    them).
+    them), or where torchrun's variables are left over in the environment, and RankError where the
+    others do not come.
     """
     started = dist.is_available() and dist.is_initialized()
-    world = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", 1))
+    world = dist.get_world_size() if started else _variable("WORLD_SIZE", 1) or 1
     size = world if model_parallel_size is None else model_parallel_size
     if size < 1 or world % size:
         raise ValueError(
@@ -207,8 +213,7 @@ def join(model_parallel_size: int | None, device: torch.device) -> Ranks:
     if world == 1:
         return ONE
     if not started:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend)
+        _meet(world, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not fairscale_groups.model_parallel_is_initialized():
@@ -221,6 +226,42 @@ def join(model_parallel_size: int | None, device: torch.device) -> Ranks:
             f"ranks, and one run has one cut; use {current}, or start another run"
         )
     return _lines(size, dist.group.WORLD)
+
+
+def _variable(name: str, least: int) -> int | None:
+    """The whole number in one of torchrun's variables, None without one."""
+    text = os.environ.get(name, "")
+    if not text.strip():
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise ValueError(
+            f"{name} is {text!r:.40} in the environment, and it must be a whole number from "
+            f"{least} on: unset it, or start with torchrun, which sets it"
+        )
+    return number
+
+
+def _meet(world: int, backend: str) -> None:
+    """Make the process group of all ranks, where torchrun's variables say that they meet."""
+    host = os.environ.get("MASTER_ADDR", "").strip()
+    rank, port = _variable("RANK", 0), _variable("MASTER_PORT", 1)
+    left = f"WORLD_SIZE={world} stands in the environment: unset it, or start with torchrun"
+    if rank is None or port is None or not host:
+        given = {"RANK": rank is not None, "MASTER_ADDR": host, "MASTER_PORT": port is not None}
+        missing = [name for name, there in given.items() if not there]
+        raise ValueError(f"{left}, which also sets {' and '.join(missing)}")
+    if rank >= world or port > 65535:
+        wrong = f"RANK={rank}" if rank >= world else f"MASTER_PORT={port}"
+        raise ValueError(f"{left}; {wrong} cannot belong to it")
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    hint = "all of them are started with the same command" if agent else left
+    place = Place(rank, world, host, port, hint)
+    store = PrefixStore("default_pg", meet(place, torchrun_listens=agent))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
@@ -28,13 +29,18 @@ _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARAC
 _CONTROLS |= {9: "\t", 10: "\n"}
 
 
+class Unseen(Exception):
+    """Nothing more can be shown: nobody reads on, or the disk is full; the OSError is its cause."""
+
+
 class Terminal:
-    """The standard streams. `interactive`: a person sits at both ends.
+    """The standard streams. `interactive`: a person sits at both ends. `closed`: nothing comes in.
 
     `words` are completed by Tab where prompt_toolkit is installed.
     """
 
     def __init__(self, words: Sequence[str] = ()) -> None:
+        self.closed = sys.stdin is None
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
@@ -61,14 +67,17 @@ class Terminal:
         return "\n".join(lines), True
 
     def show(self, text: str) -> None:
-        """A part of an answer."""
-        sys.stdout.write(text.translate(self._filter))
-        sys.stdout.flush()
+        """A part of an answer; Unseen where it cannot be written."""
+        try:
+            sys.stdout.write(text.translate(self._filter))
+            sys.stdout.flush()
+        except OSError as error:
+            raise Unseen from error
 
     def note(self, text: str) -> None:
-        """Anything that is no answer, on lines of its own."""
-        sys.stdout.flush()
-        self._write_note(text)
+        """Anything that is no answer, on lines of its own; lost where stderr cannot be written."""
+        with contextlib.suppress(OSError):
+            self._write_note(text)
 
     @contextlib.contextmanager
     def ctrl_c(self) -> Iterator[Callable[[], bool]]:
@@ -91,6 +100,29 @@ class Terminal:
                 yield lambda: key() or pressed
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def ctrl_c_ends(program: bool = True) -> Iterator[None]:
+    """Within this, Ctrl-C ends the process at once and without words.
+
+    For what takes seconds before there is anything to lose, such as imports of large packages,
+    which may take a KeyboardInterrupt for an error of their own. Does nothing where this is not the
+    `program` but a part of one, outside of the main thread, or where Ctrl-C does something else.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if (
+        not program
+        or before is not signal.default_int_handler
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _is_terminal(stream: object) -> bool:

@@ -216,6 +216,74 @@ def test_no_length_of_message_or_context_breaks_it(scripted, room):
     assert len(one.talk.ids()) <= room + 1
 
 
+# ---- through a pipe
+
+
+def test_every_line_of_a_pipe_has_its_place_in_the_output(scripted, tmp_path):
+    """Answers of one line: line n of the output belongs to what was n-th in the input."""
+    one = talk(
+        scripted(letters, max_seq_len=256),
+        *("one", "/nope", "two", f"/load {tmp_path}/no", "", "x" * 300, "/set top_k 3", "three"),
+        *(f"/save {tmp_path}/no/where", "/retry", "/quit", "never read"),
+    )
+    places = one.terminal.shown.split("\n")
+    assert places.pop() == ""
+    assert [len(place) for place in places] == [12, 0, 12, 0, 0, 0, 0, 12, 0, 12, 0]
+    assert one.failed == 4
+    assert [turn.text for turn in one.talk.turns] == ["one", "two", "three"]
+
+
+def test_an_answer_that_fails_has_one_place(tiny_llama):
+    llama = tiny_llama(max_seq_len=256)
+    one = talk(llama)
+    llama.model.norm.weight.data.fill_(float("nan"))
+    one.terminal.lines = ["Hi", "Ho"]
+    one.run()
+    assert one.terminal.shown == "\n\n"
+    assert one.failed == 2
+
+
+def test_a_person_at_a_terminal_sees_no_empty_lines(scripted):
+    one = talk(scripted(letters, max_seq_len=256), "/nope", "", "/tokens", interactive=True)
+    assert one.terminal.shown == ""
+
+
+class Full(io.TextIOWrapper):
+    """A disk that is full after `room` characters."""
+
+    def __init__(self, room, error):
+        super().__init__(io.BytesIO(), encoding="utf-8")
+        self.room, self.error = room, error
+
+    def write(self, text):
+        self.room -= len(text)
+        if self.room < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BrokenPipeError(32, "")])
+@pytest.mark.parametrize("room", [0, 5, 13])
+def test_where_nothing_can_be_shown_the_talk_ends(piped, monkeypatch, scripted, room, error):
+    terminal, _, _ = piped(b"one\ntwo\nthree\n")
+    monkeypatch.setattr(sys, "stdout", Full(room, error))
+    llama = scripted(letters, max_seq_len=256)
+    one = Chat(llama, terminal, GREEDY)
+    with pytest.raises(OSError) as raised:  # noqa: PT011
+        one.run()
+    assert raised.value is error
+    assert llama.engine.idle
+    assert len(one.talk.turns) == 1 + (room == 13)
+    assert sys.stdin.readline() == ("two\n", "three\n")[room == 13]
+
+
+def test_notes_that_cannot_be_written_do_not_end_the_talk(piped, monkeypatch, scripted):
+    terminal, out, _ = piped(b"/tokens\none\n")
+    monkeypatch.setattr(sys, "stderr", Full(0, OSError(28, "No space left on device")))
+    Chat(scripted(letters, max_seq_len=256), terminal, GREEDY).run()
+    assert [len(line) for line in out.getvalue().splitlines()] == [0, 12]
+
+
 # ---- commands
 
 
@@ -420,7 +488,7 @@ def test_a_command_inside_a_fence_is_text(scripted):
 def test_a_pipe_gets_answers_only_and_bad_bytes_do_no_harm(piped, scripted):
     terminal, out, error = piped(b"Hi\n\xff\xfe\n/tokens\n")
     Chat(scripted(letters, max_seq_len=256), terminal, GREEDY).run()
-    assert len(out.getvalue().splitlines()) == 2
+    assert [len(line) for line in out.getvalue().splitlines()] == [12, 12, 0]
     assert b"tokens are used" in error.getvalue()
     assert b"\x1b" not in error.getvalue()
     assert b"max_gen_len is 12" in error.getvalue()

@@ -375,7 +375,8 @@ def test_chat_through_a_pipe(shell, folder):
     flags = ("--ckpt_dir", folder, "--max_gen_len", 6, "--max_seq_len", 128)
     typed = b'/set temperature 0\nHello\n"""\nseveral\nlines\n"""\n/system None\n\n1,2\n/nope\n'
     status, out, error = shell("chat", *flags, "--system", "{a: b}", stdin=typed)
-    assert status == 0
+    assert status == 1  # for /nope
+    assert shell("chat", *flags, stdin=typed.removesuffix(b"/nope\n"))[0] == 0
     assert error.count("(cut here: max_gen_len is 6)") + out.count("\n") >= 3
     assert "(system prompt, 16 tokens: None)" in error
     assert "/nope is no command" in error

@@ -169,7 +169,7 @@ def test_a_plot_says_what_it_needs_before_anything_is_done(shell, folder, tmp_pa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, out, error = shell(*given, tmp_path / "x.png")
     assert (status, out) == (1, "")
-    assert error == "a plot needs a package that is not installed: pip install 'llama[plot]'\n"
+    assert error == "a plot needs a package that is not installed: pip install -e '.[plot]'\n"
 
 
 def test_a_plot_is_written(shell, folder, tmp_path):

@@ -15,7 +15,7 @@ from conftest import tiny_args, unit_scale
 from llama.cache import Batch, KVCache
 from llama.model import ModelArgs, RopeScaling, Transformer, attend_decode, rotate
 
-pytest.importorskip("triton", reason="needs triton: pip install 'llama[test]'")
+pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
 
 import cubins
 

@@ -241,7 +241,7 @@ def test_rare_types_need_the_package_and_say_so(tmp_path, monkeypatch):
     kinds = {"layers.0.attention.wv.weight": "IQ3_S", "layers.0.attention.wk.weight": "Q4_K"}
     again = open_checkpoint(gguf_of(tmp_path / "model.gguf", random_checkpoint(args), kinds))
     again.tensors["layers.0.attention.wk.weight"].read()
-    with pytest.raises(ImportError, match=r"IQ3_S .* pip install 'llama\[gguf\]'"):
+    with pytest.raises(ImportError, match=r"IQ3_S .* pip install -e '\.\[gguf\]'"):
         again.tensors["layers.0.attention.wv.weight"].read()
 
 

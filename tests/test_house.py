@@ -29,6 +29,7 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOU
 
 # Rooms from the ground up. A room imports from lower floors only, or from itself.
 FLOORS = (
+    {"arguments", "meeting"},
     {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json", "terminal"}
     | {"added", "dialog"},
     {"model", "tokenizer", "verify", "sandbox"},
@@ -60,6 +61,7 @@ NO_TORCH = {
     "ranks", "tokenizer", "llama2", "streaming", "progress", "verify", "cli", "terminal",
     "conversation", "strict_json", "tokenizer_json", "sandbox", "templates", "added", "dialog",
     "byte_level", "pieces", "metaspace", "tokenizer_folder",
+    "arguments",
 }  # fmt: skip
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along

@@ -226,7 +226,7 @@ def test_the_file_says_which_tokenizer_and_chat_format_it_is(path, tmp_path):
 
 def test_without_the_package_the_error_names_the_extra(path, monkeypatch, tmp_path, shell):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ImportError, match=r"pip install 'llama\[llama2\]'$") as caught:
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[llama2\]'$") as caught:
         open_tokenizer(path)
     assert "\n" not in str(caught.value)
     assert open_tokenizer(write_tokenizer(tmp_path / "tokenizer.model")).n_words == 512
@@ -236,7 +236,7 @@ def test_without_the_package_the_error_names_the_extra(path, monkeypatch, tmp_pa
 
     status, _, error = shell(commands=command)
     assert status == 1
-    assert error.endswith("pip install 'llama[llama2]'\n")
+    assert error.endswith("pip install -e '.[llama2]'\n")
 
 
 def test_broken_files_are_refused_by_name(tmp_path, capfd):

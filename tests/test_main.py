@@ -55,7 +55,8 @@ def test_an_option_that_is_none_is_told_in_a_sentence_with_those_that_are(shell)
     told = shell("do", "here", "--elsewhere", commands={"do": command})
     assert told == (2, "", f"there is no option --elsewhere: {takes}")
     assert shell("do", "here", "--nofast", "--size", -1, commands={"do": command})[0] == 0
-    assert shell("do", "here", "--", "--trace", commands={"do": command})[0] == 0
+    told = shell("do", "--", "--trace", "--size", commands={"do": command})
+    assert told == (1, "", "--size is '--size'; it must be a whole number\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("size is 0"), FileNotFoundError("no such folder: x")])

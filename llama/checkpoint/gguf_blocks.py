@@ -70,7 +70,7 @@ def _by_package(data: Tensor, kind: Kind) -> Tensor:
     except ImportError:
         raise ImportError(
             f"weights of type {kind.name} are unpacked by the gguf package: "
-            "pip install 'llama[gguf]'"
+            "pip install -e '.[gguf]'"
         ) from None
     return torch.from_numpy(unpack(data.numpy(), GGMLQuantizationType[kind.name]))
 

@@ -1,0 +1,134 @@
+"""Where the processes of a run find each other, and what is said while some have not come.
+
+Knows sockets and torch's store of words that ranks leave for each other; refuses to know models,
+devices and where the numbers come from. The surprising thing: a rank waits for all the others
+before there is any group, and a process that was never meant to be a rank, but found the variables
+of an earlier run in its environment, waits for ever; so a wait is said after seconds, with names.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+QUIET = 5.0  # seconds of waiting for ranks that have not started, before this is said
+ARRIVAL = 300.0  # seconds in which all of them must have started
+
+
+class RankError(OSError, RuntimeError):
+    """Another rank failed, or never came: nothing is wrong with what this one was given."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank of how many this process is, where rank 0 listens, and what to do about a wait."""
+
+    rank: int
+    world: int
+    host: str
+    port: int
+    hint: str
+
+
+def meet(at: Place, torchrun_listens: bool) -> Store:
+    """Wait until every rank has come. Raises RankError where some do not, ValueError where rank 0
+    cannot listen."""
+    wait = _Wait(at)
+    store = _store(at, torchrun_listens, wait)
+    store.set(f"llama/{at.rank}", "here")
+    absent = list(range(at.world))
+    while absent := [each for each in absent if not store.check([f"llama/{each}"])]:
+        wait.pause(f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))}")
+    return store
+
+
+class _Wait:
+    """A wait that is said after some seconds, again each minute, and does not last for ever."""
+
+    def __init__(self, at: Place) -> None:
+        self.who, self.where, self.hint = (
+            f"rank {at.rank} of {at.world}",
+            f"{at.host}:{at.port}",
+            at.hint,
+        )
+        self.began = time.monotonic()
+        self.said = QUIET - 60
+
+    def pause(self, whom: str) -> None:
+        seconds = time.monotonic() - self.began
+        if seconds > ARRIVAL:
+            raise RankError(
+                f"{self.who} waited {seconds:.0f} s at {self.where} for {whom}: {self.hint}"
+            )
+        if seconds - self.said >= 60:
+            self.said = seconds
+            self.say(whom)
+        time.sleep(0.02)
+
+    def say(self, whom: str) -> None:
+        if sys.stderr is not None:
+            sys.stderr.write(f"{self.who} waits at {self.where} for {whom}: {self.hint}\n")
+            sys.stderr.flush()
+
+
+def _store(at: Place, torchrun_listens: bool, wait: _Wait) -> Store:
+    """Where ranks leave word for each other: torchrun's, or that of rank 0.
+
+    torch's own wait for whoever listens there is silent, deaf to Ctrl-C, and ends in a page of C++
+    frames; so it begins when somebody does.
+    """
+    patience = timedelta(seconds=ARRIVAL)
+    if torchrun_listens:
+        store: Store = next(rendezvous("env://", timeout=patience))[0]
+        return store
+    listening = None if at.rank else _listen(at.port)
+    while True:
+        try:
+            socket.create_connection((at.host, at.port), 1.0).close()
+            break
+        except OSError as error:
+            wait.pause(f"{'rank 0' if at.rank else 'itself'} ({error.strerror or error})")
+    silent = "rank 0, but something else seems to listen there"
+    stranger = threading.Timer(QUIET, wait.say, [silent])
+    stranger.daemon = True
+    stranger.start()
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            at.host,
+            at.port,
+            at.world,
+            is_master=at.rank == 0,
+            timeout=patience,
+            wait_for_workers=False,
+            master_listen_fd=None if listening is None else listening.detach(),
+        )
+    except RuntimeError as error:
+        raise RankError(f"{wait.who} found no other at {wait.where}: {at.hint}") from error
+    finally:
+        stranger.cancel()
+
+
+def _listen(port: int) -> socket.socket:
+    """A socket that listens on every address of this machine."""
+    why: object = None
+    for family in (socket.AF_INET6, socket.AF_INET):
+        both = family == socket.AF_INET6
+        if both and not socket.has_dualstack_ipv6():
+            continue
+        try:
+            return socket.create_server(
+                ("", port), family=family, backlog=1024, dualstack_ipv6=both
+            )
+        except OSError as error:
+            why = os.strerror(error.errno or 0)
+    raise ValueError(
+        f"MASTER_PORT={port} stands in the environment, and rank 0 cannot listen there ({why}): "
+        "choose another, or start with torchrun, which finds one"
+    )
