@@ -178,7 +178,7 @@ class Engine:
     @property
     def _waiting(self) -> list[Request]:
         """The live requests that have none, in the order of arrival."""
-        return [r for r in list(self._live) if r.slot < 0 and r.finish_reason is None]
+        return [r for r in list(self._live) if r.slot < 0 and not r.ends]
 
     @property
     def _free(self) -> list[int]:
@@ -195,15 +195,16 @@ class Engine:
         disagree or are gone, or one of them failed, after which this engine takes no step.
         """
         with self._stepping, self._surroundings():
-            self._sweep()
+            self._sweep(list(self._live))
             self._agree()
-            self._admit()
             running = self._running
+            if len(running) < self.cache.n_slots and self._admit():
+                running = self._running
             seen = [len(request.choices) for request in running]
             if running:
                 self._advance(running)
             events = [e for r, had in zip(running, seen, strict=True) for e in r.news(had)]
-            self._sweep()
+            self._sweep(running)
             if self.idle:
                 self._forget_captured()
                 self._agree()
@@ -223,10 +224,11 @@ class Engine:
 
     # ---- slots
 
-    def _sweep(self) -> None:
-        """Take the requests that have ended out of the list, and look after their slots."""
-        for request in list(self._live):
-            if request.finish_reason is None:
+    def _sweep(self, requests: Iterable[Request]) -> None:
+        """Take those that have ended out of the list, and look after their slots."""
+        for request in requests:
+            waits = request.slot < 0 and not request.ends  # most of them, under traffic
+            if waits or request.finish_reason is None:
                 continue
             if request.slot >= 0:
                 self._leave(request)
@@ -245,13 +247,10 @@ class Engine:
         elif self.reuse:
             self._kept[request.slot] = (request.prompt + request.tokens)[: request.cached]
 
-    def _admit(self) -> None:
-        """Give the first of those that wait the slots that are free."""
-        waiting = self._waiting
-        if not waiting:
-            return
+    def _admit(self) -> bool:
+        """Give the first of those that wait the slots that are free; whether anybody got one."""
         free = self._free
-        coming = waiting[: len(free)]
+        coming = self._waiting[: len(free)]
         for going_on in (True, False) if self.reuse else (False,):
             for request in coming:
                 if request.slot >= 0:
@@ -262,6 +261,7 @@ class Engine:
                 request.cached = request.sound = request.reused = known
                 request.slot = slot  # from here on it has the slot
                 free.remove(slot)
+        return bool(coming)
 
     def _slot_for(self, request: Request, free: list[int]) -> tuple[int, int]:
         """The slot for a request, and how many of its tokens have their keys there.
