@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from textwrap import fill
 from typing import get_args, get_type_hints
 
@@ -24,16 +25,7 @@ SEVERAL = tuple[str, ...]
 
 _FLAG = re.compile(r"(--?[A-Za-z][\w-]*)(?:=(.*))?", re.S)
 _PLAIN = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
-_PATHS = {
-    "dir",
-    "path",
-    "file",
-    "src",
-    "dst",
-    "adapter",
-    "against",
-    "plot",
-}  # how names of them end
+_PATHS = {"dir", "path", "file", "src", "dst", "adapter", "against", "plot"}  # how they end
 # What other programs call things.
 _ELSEWHERE = {"max_tokens": "max_gen_len", "max_new_tokens": "max_gen_len", "prompt": "text",
               "input": "src", "output": "dst", "model": "ckpt_dir", "ctx": "max_seq_len",
@@ -91,6 +83,8 @@ class Signature:
                 put(word, self._value(word, rest, free) if value is None else value)
             elif free:
                 put(free[0], argument)
+            elif "ckpt_dir" in self.parameters and Path(argument).exists():
+                put("ckpt_dir", argument)  # `complete TEXT DIR`, as it was before
             else:
                 takes = " ".join(word.upper() for word in self.positional[: self._leading()])
                 raise UsageError(

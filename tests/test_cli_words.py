@@ -47,6 +47,14 @@ def test_a_word_too_many_is_named_not_taken_for_an_option(typed):
     assert typed("--some", "a", "--some=a")["some"] == ("a", "a")
 
 
+def test_a_folder_after_the_text_is_the_one_with_the_weights(shell, tmp_path):
+    status, out, _ = shell("tokenize", "hello", __main__.DEMO)
+    assert (status, out) == shell("tokenize", "hello", "--ckpt_dir", __main__.DEMO)[:2]
+    status, _, error = shell("tokenize", "hello", tmp_path / "nowhere")
+    assert status == 2
+    assert "is one word more than tokenize takes (TEXT)" in error
+
+
 @pytest.mark.parametrize("words", [("--tag",), ("--tag", "--loud"), ("--tag", "--", "x")])
 def test_an_option_without_its_value_says_what_it_needs(typed, words):
     status, error = typed(*words)
