@@ -363,3 +363,14 @@ def test_pieces_inside_a_gguf_file_become_a_sentencepiece_model(tmp_path, pieces
         if kind == "meta":
             assert said_here(path) == before
             assert not warned
+
+
+@pytest.mark.parametrize("kind", ["hf", "meta"])
+def test_a_folder_that_holds_something_is_left_alone(tmp_path, kind):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("precious")
+    with pytest.raises(FileExistsError, match="full is not empty; give a new or empty folder"):
+        convert(open_checkpoint(DEMO), full, kind)
+    assert [file.name for file in full.iterdir()] == ["mine"]
+    assert [file.name for file in tmp_path.iterdir()] == ["full"]

@@ -15,7 +15,7 @@ from llama.checkpoint.gguf_write import write_gguf
 from llama.checkpoint.hf import open_hf
 from llama.checkpoint.hf_write import write_hf
 from llama.checkpoint.meta import open_meta
-from llama.checkpoint.resharding import reshard
+from llama.checkpoint.resharding import new_folder, reshard
 from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.tokenizer_write import changes, copies
 
@@ -63,15 +63,17 @@ def convert(
             show_progress=show_progress,
         )
     else:
-        write_hf(
-            checkpoint,
-            dst,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            tokenizer_files=None if tokenizer is None else copies(checkpoint, tokenizer),
-            with_checklist=True,
-            show_progress=show_progress,
-        )
+        size = checkpoint.parameters * (dtype or checkpoint.dtype).itemsize
+        with new_folder(dst, size) as part:
+            write_hf(
+                checkpoint,
+                part,
+                dtype=dtype,
+                tokenizer=tokenizer,
+                tokenizer_files=None if tokenizer is None else copies(checkpoint, tokenizer),
+                with_checklist=True,
+                show_progress=show_progress,
+            )
     if tokenizer is not None and tokenizer.stated:
         for change in changes(checkpoint, _reopened(Path(dst), kind), tokenizer):
             logger.warning("%s: in this format, %s", dst, change)
