@@ -377,6 +377,17 @@ LAYOUTS = {
         metaspace(P2, "always", bos=False), {**LLAMA2, "tokenizer_class": "PreTrainedTokenizerFast"}
     ),
     "pieces never": layout(metaspace(P2, "never"), LLAMA2, add_prefix_space=False),
+    "Code Llama's pieces": layout(  # words of its own, a begin whatever the files say, no legacy
+        metaspace(P2, bos=False),
+        LLAMA2,
+        tokenizer_class="CodeLlamaTokenizer",
+        add_bos_token=False,
+        legacy=True,
+        template=ENDED,
+    ),
+    "Code Llama without a space": layout(
+        metaspace(), LLAMA2, tokenizer_class="CodeLlamaTokenizer", add_prefix_space=False
+    ),
     "pieces flagged": layout(
         metaspace(words("<tool>", "<word>", at=PIECE, lstrip=True, rstrip=True, normalized=False)),
         LLAMA2,
