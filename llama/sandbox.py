@@ -29,8 +29,11 @@ _SECONDS = 5.0
 _LARGEST_VALUE = 2**20  # characters, beyond those that are given
 _ITEM = 32  # characters that an item of a list counts for
 _RANGE = 10_000
-# What ensure_ascii escapes, but for characters of private use, which may be somebody's marks.
-_ASCII = re.compile(r"[^\x00-\x7f\ue000-\uf8ff\U000f0000-\U0010ffff]")
+# What may be somebody's marks: Anatolian hieroglyphs, which are printable, so that a list or an
+# object shows them as they are, and have no case; where all of them are used, private characters.
+MARKS = (*range(0x14400, 0x14647), *range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
+# What ensure_ascii escapes, but for these.
+_ASCII = re.compile(r"[^\x00-\x7f\ue000-\uf8ff\U00014400-\U00014646\U000f0000-\U0010ffff]")
 
 
 class BoundedTemplate:

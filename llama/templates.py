@@ -17,7 +17,7 @@ from typing import Any
 from llama.added import AddedToken
 from llama.dialog import ROLES, Dialog, check_dialog, check_messages, check_role, has_more
 from llama.llama2 import chat_format
-from llama.sandbox import BoundedTemplate
+from llama.sandbox import MARKS, BoundedTemplate
 from llama.tokenizer import DialogFormat, TextTokenizer, Tokenizer, control_words
 
 LLAMA3_TEMPLATE = (
@@ -129,6 +129,9 @@ class TemplateFormat:
         first = {name.lstrip()[:1] or name[:1] for name in control}
         # Tags such as </think>, which a template may look for in a message: they stay whole.
         self._tags = frozenset(re.findall(r"</?[a-z_]+>", self.template))
+        # And names such as 'text', which it compares a message's values with.
+        names = re.findall(r"""(['"])(\w+)\1""", self.template)
+        self._names = frozenset(name for _, name in names) - {*control}
         places = [*sorted(self._tags), *sorted(first)]
         self._places = re.compile("|".join(map(re.escape, places)) or r"(?!)")
 
@@ -176,10 +179,9 @@ class TemplateFormat:
         return self.tokenizer.encode_rendered(text, self.control, allows)
 
     def _marks(self, given: object) -> str:
-        """Two characters for private use that occur nowhere: before a tag, within a name."""
+        """Two characters that occur nowhere: before a tag, within a name."""
         used = {*self.template, *"".join(self.control)}.union(*_strings(given))
-        codes = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
-        return "".join(islice((chr(code) for code in codes if chr(code) not in used), 2))
+        return "".join(islice((c for c in map(chr, MARKS) if c not in used), 2))
 
     def _marked(self, content: str, marks: str) -> str:
         """`content` with a mark wherever a control word could begin or, at its start, go on."""
@@ -194,17 +196,21 @@ class TemplateFormat:
 
         return self._places.sub(put, content)
 
-    def _all_marked(self, value: Any, marks: str) -> Any:  # noqa: ANN401
-        """Plain values with marks in every text; a key has none where it is a name."""
+    def _all_marked(self, value: Any, marks: str, of: str = "") -> Any:  # noqa: ANN401
+        """Plain values with marks in every text, but for names: keys, and what is `of` a key and
+        written in the template, such as a type that it asks for."""
         if isinstance(value, str):
-            return self._marked(str(value), marks)
+            named = value in self._names and of not in ("", "content", "text")
+            return value if named else self._marked(str(value), marks)
         if isinstance(value, Mapping):
             return {
-                key if key.isidentifier() else self._marked(key, marks): self._all_marked(v, marks)
+                key if key.isidentifier() else self._marked(key, marks): self._all_marked(
+                    v, marks, key
+                )
                 for key, v in ((str(key), v) for key, v in value.items())
             }
         if isinstance(value, (list, tuple)):
-            return [self._all_marked(each, marks) for each in value]
+            return [self._all_marked(each, marks, of) for each in value]
         return value
 
     def _render(

@@ -26,6 +26,14 @@ logger = logging.getLogger(__name__)
 _LARGEST_FILE = 2**26  # bytes of a tokenizer.json; Llama 3's has 17 MB in its longest spelling
 BESIDE = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+_INFILL = {  # what transformers' CodeLlamaTokenizer adds where nothing is said of it
+    "prefix_token": "▁<PRE>",
+    "middle_token": "▁<MID>",
+    "suffix_token": "▁<SUF>",
+    "eot_token": "▁<EOT>",
+    "fill_token": "<FILL_ME>",
+}
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -66,6 +74,9 @@ class _Said:
         self._map, self._words = files["special_tokens_map.json"], files["added_tokens.json"]
         kind = self.config.get("tokenizer_class") or files["config.json"].get("tokenizer_class")
         self.kind = str(kind or "").removesuffix("Fast")
+        self.of_code = self.kind == "CodeLlamaTokenizer"
+        self.rebuilt = self.of_code or self.kind == "LlamaTokenizer"  # whatever the files say of it
+        self.defaults = {**_LLAMA, **(_INFILL if self.of_code else {})} if self.rebuilt else {}
 
     def tokens(
         self, own: Sequence[AddedToken], defaults: Mapping[str, str], rebuilt: bool = False
@@ -110,7 +121,7 @@ class _Said:
 
     def around(self, bos_id: int | None, eos_id: int | None) -> tuple[list[int], list[int]]:
         """What stands before and after a text where no file but the settings says so."""
-        before = bos_id if self.config.get("add_bos_token") is True else None
+        before = bos_id if self.config.get("add_bos_token", self.of_code) is True else None
         after = eos_id if self.config.get("add_eos_token") is True else None
         return [before] * (before is not None), [after] * (after is not None)  # type: ignore[list-item]
 
@@ -214,8 +225,8 @@ def _of_json(file: Path, said: _Said) -> TextTokenizer:
         check_kind(spec)
     if not isinstance(model.get("vocab"), dict):
         raise ValueError("its model has no vocab or no merges")
-    rebuilt = not byte_level and said.kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
-    defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} if rebuilt else {}
+    rebuilt = not byte_level and said.rebuilt
+    defaults = said.defaults if rebuilt else {}
     vocabulary = _Vocabulary(model["vocab"])
     vocabulary.add([] if rebuilt else own)
     moved = [w for w in own if not rebuilt and vocabulary.words[w.content].id != w.id]
@@ -246,6 +257,8 @@ def _of_json(file: Path, said: _Said) -> TextTokenizer:
             prefix=prefix,
             suffix=suffix,
         )
+    if rebuilt and said.of_code:
+        prefix, suffix = [vocabulary.words[bos or eos].id], []
     return MetaspaceTokenizer(
         _merges(model),
         added,
@@ -340,8 +353,9 @@ def _merges(model: Mapping[str, Any]) -> Merges:
 def _rebuilt_spaces(said: _Said) -> Spaces:
     """As transformers' LlamaTokenizer writes spaces, whatever tokenizer.json says of them."""
     if said.config.get("add_prefix_space") is False:
-        return Spaces("never", stripped=False)
-    return Spaces("always" if said.config.get("legacy") is True else "first")
+        return Spaces("never", stripped=said.of_code)
+    legacy = said.config.get("legacy") is True and not said.of_code
+    return Spaces("always" if legacy else "first")
 
 
 def _spaces(spec: Mapping[str, Any]) -> Spaces:
@@ -388,7 +402,7 @@ def _of_pieces(data: bytes, said: _Said) -> MetaspaceTokenizer:
     vocab = {piece.text: token for token, piece in enumerate(pieces)}
     if len(vocab) < len(pieces):
         raise ValueError("two of its pieces have the same text")
-    known = said.kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
+    known = said.rebuilt
     scores = {piece.text: piece.score for piece in pieces}
     if known:
         ranks, spaces = merges_of_pieces(vocab), _rebuilt_spaces(said)
@@ -407,7 +421,7 @@ def _of_pieces(data: bytes, said: _Said) -> MetaspaceTokenizer:
     if not {*names.values()} <= {*control}:
         names = dict(zip(names, control, strict=False))
     vocabulary = _Vocabulary(vocab)
-    words, names = said.tokens([], {"unk_token": "<unk>", **names})
+    words, names = said.tokens([], {**said.defaults, "unk_token": "<unk>", **names})
     vocabulary.add(words if known else (word._replace(normalized=False) for word in words))
     vocabulary.add(word for word in own if word.content not in vocabulary.words)
     bos, eos = _ends(vocabulary.words, names)

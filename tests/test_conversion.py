@@ -264,6 +264,19 @@ def test_every_command_takes_what_was_written(tmp_path, shell, kind):
         assert "other.safetensors is in no checklist" in shell("verify", dst)[2]
 
 
+@pytest.mark.parametrize("kind", ["hf", "meta"])
+@pytest.mark.parametrize("written", [write_meta, write_hf])
+def test_nothing_is_written_into_a_folder_that_holds_a_model(tmp_path, shell, kind, written):
+    """In whatever format: two models in one folder are none, and a checklist would be lost."""
+    written(random_checkpoint(tiny_args()), tmp_path / "a")
+    (tmp_path / "a" / "checklist.chk").write_text("as it came\n")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
+    status, out, error = shell("convert", tmp_path / "a", tmp_path / "a", kind)
+    assert (status, out) == (1, "")
+    assert "empty folder" in error.splitlines()[-1]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == before
+
+
 def test_a_folder_without_a_checklist_is_told_who_writes_one(tmp_path, shell):
     status, _, error = shell("verify", layout(tmp_path / "source"))
     assert status == 1

@@ -614,7 +614,7 @@ def test_commands_take_a_hugging_face_folder(folders):
     )
     assert open_checkpoint(folders / "out").dtype == torch.bfloat16
     (folders / "out/tokenizer.model").rename(folders / "tokenizer")
-    ids = run("tokenize", "Hi", folders / "hf")
+    ids = run("tokenize", "Hi", "--ckpt_dir", folders / "hf")
     assert [line.split()[0] for line in ids.splitlines()] == ["72", "105"]
     text = ("complete", "Hi", "--max_gen_len", "5", "--temperature", "0", "--ckpt_dir")
     assert run(*text, folders / "hf") == run(*text, folders / "meta")

@@ -377,6 +377,17 @@ LAYOUTS = {
         metaspace(P2, "always", bos=False), {**LLAMA2, "tokenizer_class": "PreTrainedTokenizerFast"}
     ),
     "pieces never": layout(metaspace(P2, "never"), LLAMA2, add_prefix_space=False),
+    "Code Llama's pieces": layout(  # words of its own, a begin whatever the files say, no legacy
+        metaspace(P2, bos=False),
+        LLAMA2,
+        tokenizer_class="CodeLlamaTokenizer",
+        add_bos_token=False,
+        legacy=True,
+        template=ENDED,
+    ),
+    "Code Llama without a space": layout(
+        metaspace(), LLAMA2, tokenizer_class="CodeLlamaTokenizer", add_prefix_space=False
+    ),
     "pieces flagged": layout(
         metaspace(words("<tool>", "<word>", at=PIECE, lstrip=True, rstrip=True, normalized=False)),
         LLAMA2,
@@ -634,3 +645,21 @@ def test_a_gguf_file_says_what_stands_around_a_text(tmp_path, before, after):
         RANKS[b"hello"],
         *[FIRST + 1] * after,
     ]
+
+
+@pytest.mark.parametrize("kind", ["words", "pieces"])
+def test_a_gguf_file_may_name_a_token_that_is_none_where_none_is_needed(tmp_path, caplog, kind):
+    """As in llama.cpp, with a warning; not for the begin and the end of a text."""
+    theirs = AutoTokenizer.from_pretrained(write(LAYOUTS[kind], tmp_path / "folder"))
+    keys = [
+        ("add_uint32", "tokenizer.ggml.seperator_token_id", 2**32 - 1),
+        ("add_uint32", "tokenizer.ggml.mask_token_id", len(theirs)),
+        ("add_eot_token_id", 99999),
+    ]
+    llama = Llama.build(gguf_file(tmp_path / "m.gguf", theirs, keys=keys), device="cpu")
+    assert not {"sep_token", "mask_token"} & llama.tokenizer.names.keys()
+    assert max(llama.engine.stop_token_ids) < len(theirs)
+    assert caplog.text.count("it is not heeded") == 3
+    broken = gguf_file(tmp_path / "n.gguf", theirs, eos=99999)
+    with pytest.raises(ValueError, match="eos_token_id is 99999, and there are"):
+        Llama.build(broken, device="cpu")

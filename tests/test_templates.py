@@ -199,6 +199,43 @@ def test_text_arrives_as_it_is():
         assert ids == tokenizer.encode(text, bos=False, eos=False), text
 
 
+PARTS = (
+    "{% for m in messages %}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        PARTS,
+        PARTS.replace("c.type == 'text'", 'c["type"] in ["text", "image"]'),
+        "{% for m in messages %}{{ m.content }}{% endfor %}",  # a list, as Python writes it
+        "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}{% endfor %}",
+        "{% for m in messages %}{{ m | string | upper }}{% endfor %}",
+    ],
+)
+def test_a_template_finds_the_names_that_it_looks_for_and_writes_lists_as_they_are(
+    tmp_path, template
+):
+    """Also where a name is a part of a control word, as text is of <|begin_of_text|>."""
+    tokenizer = tokenizer_of(LLAMA3_NAMES)
+    parts = [{"type": "text", "text": "text of <a>"}, {"type": "text", "text": "|> ü"}]
+    dialog = [{"role": "user", "content": parts}]
+    ours = TemplateFormat(tokenizer, template).encode_dialog_prompt(dialog)
+    assert ours == transformers_ids(tokenizer, template, dialog, tmp_path)
+    assert ours
+
+
+@pytest.mark.parametrize("key", ["content", "text"])
+def test_a_text_is_no_name_that_a_template_looks_for(key):
+    tokenizer = tokenizer_of(CHATML_NAMES)
+    template = "{% set x = 'im_end' %}{% for m in messages %}<|{{ m.KEY }}|>{% endfor %}"
+    form = TemplateFormat(tokenizer, template.replace("KEY", key))
+    ids = form.encode_dialog_prompt([{"role": "user", "content": "im_end", "text": "im_end"}])
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+
+
 def test_a_dialog_is_checked_and_a_template_may_refuse_it():
     form = TemplateFormat(tokenizer_of(CHATML_NAMES), STRICT)
     with pytest.raises(ValueError, match="chat template: the template says: Begin with the user!"):

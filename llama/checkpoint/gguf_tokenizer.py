@@ -6,6 +6,7 @@ surprising thing: a file spells the tokens of the first kind in letters, one for
 a list of merges besides; ids alone say the same, for tokens are numbered in the order of learning.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from llama.checkpoint.gguf_pieces import PieceTokenizer
 from llama.metaspace import MetaspaceTokenizer
 from llama.pieces import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from llama.tokenizer import TextTokenizer, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # What llama.cpp calls the way of Llama 3 to cut text before merging, also in older files.
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
@@ -105,13 +108,18 @@ def _numbers(file: GGUFFile, key: str, count: int) -> list[int]:
 
 
 def _id(file: GGUFFile, key: str, count: int) -> int | None:
-    """The id that a key names; None where the key is absent."""
+    """The id that a key names; None where the key is absent, or, as in llama.cpp, where it names no
+    token and the tokenizer can do without: ValueError for the begin or the end of a text."""
     if f"tokenizer.ggml.{key}" not in file.metadata:
         return None
     token = file.get(f"tokenizer.ggml.{key}", int)
-    if not 0 <= token < count:
-        raise ValueError(f"tokenizer.ggml.{key} is {token}, and there are {count} tokens")
-    return token
+    if 0 <= token < count:
+        return token
+    wrong = f"tokenizer.ggml.{key} is {token}, and there are {count} tokens"
+    if key in ("bos_token_id", "eos_token_id"):
+        raise ValueError(wrong)
+    logger.warning("%s: %s; it is not heeded", file.path, wrong)
+    return None
 
 
 def _byte_level(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> Tokenizer:

@@ -22,6 +22,8 @@ from llama.templates import LLAMA3_TEMPLATE
 from llama.tokenizer import TextTokenizer
 
 CHECKLIST = "checklist.chk"
+# Files of a model, in any format, beside which another is not written.
+_OTHERS = ("model*.safetensors*", "config.json", "consolidated.*.pth", "params.json", CHECKLIST)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -52,7 +54,7 @@ def write_hf(
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: must be positive")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    there = [file for name in ("model*.safetensors*", "config.json") for file in out.glob(name)
+    there = [file for name in _OTHERS for file in out.glob(name)
              if not file.name.endswith(".part")]  # fmt: skip
     if there:
         raise FileExistsError(f"{there[0]} is there already; write to an empty folder")
