@@ -29,7 +29,14 @@ from torch import Tensor
 from llama.cache import Batch
 from llama.engine.request import Choice, Event, Request, token_ids
 from llama.model import Transformer
-from llama.sampling import RowParams, SamplingParams, finite_rows, logprobs_of, sample
+from llama.sampling import (
+    RowParams,
+    SamplingParams,
+    finite_rows,
+    logprobs_of,
+    plain_number,
+    sample,
+)
 
 if TYPE_CHECKING:
     from llama.cuda.forward import FlatForward
@@ -80,7 +87,7 @@ class Engine:
         self.chunk = chunk
         self.reuse = reuse
         self.steps = 0
-        self._seeds = random.Random(seed)
+        self._seeds = random.Random(plain_number(seed))
         self._numbers = itertools.count()
         self._live: dict[Request, None] = {}  # in the order of arrival
         self._kept: dict[int, list[int]] = {}  # what slots held at the last end there, oldest first
@@ -144,13 +151,16 @@ class Engine:
         run; see `check`."""
         ids = token_ids(prompt)
         self.check(ids, params)
-        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         room = self.cache.max_seq_len - len(ids)
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
-        return Request(ids, params, seed, limit, next(self._numbers))
+        return Request(ids, params, limit)
 
     def queue(self, request: Request) -> None:
-        """Let a prepared request wait for a slot."""
+        """Let a prepared request wait for a slot; it has its place in the order of arrival, and of
+        the seeds that are drawn, from here on."""
+        seed = request.params.seed
+        request.seed = self._seeds.getrandbits(64) if seed is None else seed
+        request.number = next(self._numbers)
         self._note([request.number, *request.prompt])
         self._live[request] = None
 
@@ -178,7 +188,7 @@ class Engine:
     @property
     def _waiting(self) -> list[Request]:
         """The live requests that have none, in the order of arrival."""
-        return [r for r in list(self._live) if r.slot < 0 and r.finish_reason is None]
+        return [r for r in list(self._live) if r.slot < 0 and not r.ends]
 
     @property
     def _free(self) -> list[int]:
@@ -206,6 +216,7 @@ class Engine:
             self._sweep()
             if self.idle:
                 self._forget_captured()
+                self._rows = None
                 self._agree()
             return events
 
@@ -215,6 +226,10 @@ class Engine:
         with contextlib.ExitStack() as stack:
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
+                own, theirs = torch.cuda.default_stream(), torch.cuda.current_stream()
+                if theirs != own:  # steps of all threads follow each other on one stream
+                    own.wait_stream(theirs)
+                    stack.enter_context(torch.cuda.stream(own))
             if torch.is_autocast_enabled(self.device.type):  # weights and cache have one dtype
                 stack.enter_context(torch.autocast(self.device.type, enabled=False))
             if torch.empty(0).device.type != "cpu":  # what the host prepares is made here
@@ -225,7 +240,7 @@ class Engine:
 
     def _sweep(self) -> None:
         """Take the requests that have ended out of the list, and look after their slots."""
-        for request in list(self._live):
+        for request in [r for r in list(self._live) if r.slot >= 0 or r.ends]:
             if request.finish_reason is None:
                 continue
             if request.slot >= 0:
@@ -247,11 +262,10 @@ class Engine:
 
     def _admit(self) -> None:
         """Give the first of those that wait the slots that are free."""
-        waiting = self._waiting
-        if not waiting:
-            return
         free = self._free
-        coming = waiting[: len(free)]
+        coming = self._waiting[: len(free)] if free else []
+        if not coming:
+            return
         for going_on in (True, False) if self.reuse else (False,):
             for request in coming:
                 if request.slot >= 0:
