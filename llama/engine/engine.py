@@ -98,6 +98,7 @@ class Engine:
         self.forward: Transformer | FlatForward = model
         self.captured: CapturedStep | None = None
         self._loaded: list[Request] = []  # the rows of the captured step
+        self._failures = self._resume = 0  # of it in a row; the step that tries it again
         if kernels:
             self._use_kernels()
 
@@ -307,7 +308,7 @@ class Engine:
     def _advance(self, running: list[Request]) -> None:
         """Have the requests that have a slot go on, by the captured step where that serves."""
         captured = self.captured
-        if captured is None:
+        if captured is None or self.steps < self._resume:
             return self._plain_step(running)
         decoding = all(request.decoding for request in running)
         if not any(request.finish_reason is None for request in self._loaded):
@@ -318,8 +319,13 @@ class Engine:
             self._captured_step(captured, running, decoding)
         except Exception as error:
             if not self._without_kernels(error):
-                logger.warning("the captured step failed, this one runs without: %s", error)
+                if not self._failures:
+                    logger.warning("the captured step failed, this one runs without: %s", error)
+                self._failures = min(self._failures + 1, 10)
+                self._resume = self.steps + 2**self._failures - 1  # it may go on failing
             self._plain_step(running)
+        else:
+            self._failures = 0
 
     def _plain_step(self, running: list[Request]) -> None:
         """Run this step's share; what fails is tried again in smaller parts, see `_instead`."""
