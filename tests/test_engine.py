@@ -464,3 +464,13 @@ def test_what_waits_costs_a_step_next_to_nothing(tiny):
         request.__class__ = Watched
     engine.step()
     assert 0 < asked["finish_reason"] < 50
+
+
+def test_a_model_that_is_moved_under_a_request_says_so_too(tiny):
+    engine = engine_of(tiny())
+    request = engine.submit([5, 6], GREEDY)
+    engine.step()
+    engine.model.to(torch.bfloat16)
+    while not engine.idle:
+        engine.step()
+    assert "the model was moved to torch.bfloat16" in str(request.error)

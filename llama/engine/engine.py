@@ -140,12 +140,19 @@ class Engine:
                 "max_seq_len"
             )
         params.check_vocabulary(vocab, self.n_words)
+        moved = self._moved()
+        if moved is not None:
+            raise moved
+
+    def _moved(self) -> ValueError | None:
+        """What to say where the model has another dtype or device than the engine was made for."""
         weight, keys = self.model.norm.weight, self.cache.k
-        if (weight.dtype, weight.device) != (keys.dtype, keys.device):
-            raise ValueError(
-                f"the model was moved to {weight.dtype} on {weight.device} after it was built for "
-                f"{keys.dtype} on {keys.device}: build it again with that dtype and device"
-            )
+        if (weight.dtype, weight.device) == (keys.dtype, keys.device):
+            return None
+        return ValueError(
+            f"the model was moved to {weight.dtype} on {weight.device} after it was built for "
+            f"{keys.dtype} on {keys.device}: build it again with that dtype and device"
+        )
 
     def prepare(self, prompt: Iterable[int], params: SamplingParams) -> Request:
         """A request that nobody runs yet: hand it to `queue`. Raises ValueError where it cannot be
@@ -393,7 +400,7 @@ class Engine:
             return [work]
         if len(work) > 1:
             return [[item] for item in work]
-        _fail(work[0][0], error)
+        _fail(work[0][0], self._moved() or error)
         return []
 
     def _without_kernels(self, error: Exception) -> bool:
