@@ -121,8 +121,9 @@ class KVCache:
         device: torch.device | str,
     ) -> None:
         shape = (n_layers, n_slots, max_seq_len, n_kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # what is made in that mode cannot be written outside it
+            self.k = torch.zeros(shape, dtype=dtype, device=device)
+            self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def n_slots(self) -> int:
@@ -131,6 +132,10 @@ class KVCache:
     @property
     def max_seq_len(self) -> int:
         return self.k.shape[2]
+
+    def follow(self, like: Tensor) -> None:
+        """Have the dtype and the device of `like`, where a model was moved."""
+        self.k, self.v = self.k.to(like), self.v.to(like)
 
     def places(self, batch: Batch, positions: Tensor) -> Tensor:
         """Where the rows of `batch` at `positions` (N,) belong, for `write`: (N,)."""

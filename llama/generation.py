@@ -8,7 +8,8 @@ ids. Several threads may be on it: one of them steps the engine for all, the oth
 
 import logging
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import replace
 from operator import index
 from pathlib import Path
@@ -32,6 +33,8 @@ from llama.tokenizer import Dialog, DialogFormat, IncrementalDecoder, Message, T
 logger = logging.getLogger(__name__)
 
 Seed = int | Sequence[int] | None
+
+PATIENCE = 1.0  # seconds that a thread waits for another one's step before it steps itself
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -172,8 +175,9 @@ class Llama:
             reuse=reuse,
             kernels=kernels,
         )
-        self._turn = threading.Condition()
-        self._stepper: int | None = None  # the thread that steps the engine, for everybody
+        # who steps the engine now, for everybody: a thread, and what it holds until that is done
+        self._stepping: dict[str, tuple[int, threading.Lock]] = {}
+        self._turn = threading.Lock()
         self._caller: int | None = None  # of several ranks: the one thread that calls
         self._warned = False
 
@@ -216,8 +220,9 @@ class Llama:
             prompt_logprobs=0 if logprobs and echo else None,
         )  # fmt: skip
         requests = self._requests(_listed("prompt_tokens", prompt_tokens), base, seed)
-        for _ in self._run(requests):
-            pass
+        with closing(self._run(requests)) as events:
+            for _ in events:
+                pass
         tokens = [(r.prompt if echo else []) + r.tokens for r in requests]
         scores = [r.prompt_logprobs + [c.logprob for c in r.choices] for r in requests]
         return tokens, scores if logprobs else None
@@ -257,7 +262,9 @@ class Llama:
             frequency_penalty=frequency_penalty, logit_bias=logit_bias,
         )  # fmt: skip
         out = []
-        for text, reason, tokens, scores in join_pieces(pieces, len(prompts)):
+        with closing(pieces):
+            answers = join_pieces(pieces, len(prompts))
+        for text, reason, tokens, scores in answers:
             prediction = CompletionPrediction(generation=text, finish_reason=reason)
             if logprobs:
                 prediction |= CompletionPrediction(tokens=tokens, logprobs=scores)
@@ -295,7 +302,9 @@ class Llama:
             frequency_penalty=frequency_penalty, logit_bias=logit_bias,
         )  # fmt: skip
         out = []
-        for text, reason, tokens, scores in join_pieces(pieces, len(dialogs)):
+        with closing(pieces):
+            answers = join_pieces(pieces, len(dialogs))
+        for text, reason, tokens, scores in answers:
             answer = Message(role="assistant", content=text)
             prediction = ChatPrediction(generation=answer, finish_reason=reason)
             if logprobs:
@@ -319,7 +328,7 @@ class Llama:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """`text_completion` as an iterator of pieces, as tokens come; arguments as there.
 
         Bad arguments raise here, not at the first piece. Leaving the iterator early frees its
@@ -349,7 +358,7 @@ class Llama:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """`chat_completion` as an iterator of pieces, as tokens come; see
         `stream_text_completion`."""
         base = SamplingParams(
@@ -380,7 +389,7 @@ class Llama:
         stop: str | Sequence[str] | None = None,
         logprobs: bool = False,
         echo: bool = False,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Prompts of token ids to an iterator of pieces of text: what the other streams call.
 
         `params` holds for every prompt; `seed` (None: that of params) and the rest are as in
@@ -425,9 +434,12 @@ class Llama:
                     logger.warning("prompt %d begins with two begin-of-text tokens", at)
         return requests
 
-    def _run(self, requests: list[Request]) -> Iterator[tuple[int, Event]]:
+    def _run(
+        self, requests: list[Request], over: Collection[int] = ()
+    ) -> Generator[tuple[int, Event], None, None]:
         """Queue requests, have the engine step until all are done, and yield each event with the
-        index of its request. Raises what one of them failed with.
+        index of its request. Raises what one of them failed with, unless its index is `over`: it
+        went on behind an end that its caller found in the text.
 
         Several of these may be under way, in one thread or in several. A finalizer may close one
         at any moment, so what is done at the end must neither wait nor lock.
@@ -441,8 +453,9 @@ class Llama:
             while left:
                 news = [(at, event) for at, r in left.items() for event in r.news(seen[at])]
                 for at, event in news:
-                    if event.finish_reason == "error" and event.request.error is not None:
-                        raise event.request.error
+                    error = event.request.error
+                    if event.finish_reason == "error" and error is not None and at not in over:
+                        raise error
                     seen[at] += 1
                     if event.finish_reason is not None:
                         del left[at]
@@ -456,21 +469,20 @@ class Llama:
     def _step(self) -> None:
         """Have the engine take a step: by this thread, or by another one that is at it already.
 
-        A thread that finds itself named was interrupted in here, and steps on.
+        A thread that finds itself named was interrupted in here, and steps on. One that waits for
+        long does as well, since the other may be gone; the engine has its own lock.
         """
-        me = threading.get_ident()
+        me, mine = threading.get_ident(), threading.Lock()
+        mine.acquire()
+        who, done = self._stepping.setdefault("now", (me, mine))  # one operation
+        if who != me and done.acquire(timeout=PATIENCE):
+            done.release()  # for the next one that waits
+            return
         try:
-            with self._turn:
-                if self._stepper not in (None, me):
-                    self._turn.wait()
-                    return
-                self._stepper = me
             self.engine.step()
         finally:
-            if self._stepper == me:
-                with self._turn:
-                    self._stepper = None
-                    self._turn.notify_all()
+            self._stepping.pop("now", None)
+            mine.release()
 
     def _claim(self) -> None:
         """With several ranks all calls come from one thread, or ranks would see them in different
@@ -493,7 +505,7 @@ class Llama:
         echo: bool,
         stop: tuple[str, ...],
         refused: Mapping[int, str] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """The events of `_run` as text; see `Piece` and `AnswerText`.
 
         `refused` is None where answers continue the text of their prompts; where they begin texts
@@ -509,30 +521,33 @@ class Llama:
             )
             for at, request in zip(places, requests, strict=True)
         }
-        fresh, ended = set(places), set()
-        for which, event in self._run(requests):
-            at = places[which]
-            if at in ended:
-                continue
-            if echo and at in fresh:
-                yield from self._echo(at, event.request)
-            fresh.discard(at)
-            text = texts[at]
-            token = None if event.finish_reason == "stop" else event.token
-            scores = (event.logprob, event.top_logprobs) if logprobs else (None, None)
-            pieces = text.push(at, token, *scores)
-            if text.stopped:
-                self.engine.cancel(event.request, "stop")
-            if event.finish_reason is not None or text.stopped:
-                ended.add(at)
-                pieces = text.close(at, pieces, "stop" if text.stopped else event.finish_reason)
-            yield from pieces
+        fresh = set(places)
+        ended: set[int] = set()  # indices of requests
+        with closing(self._run(requests, ended)) as events:
+            for which, event in events:
+                if which in ended:
+                    continue
+                at = places[which]
+                if echo and at in fresh:
+                    yield from self._echo(at, event.request)
+                fresh.discard(at)
+                text = texts[at]
+                token = None if event.finish_reason == "stop" else event.token
+                scores = (event.logprob, event.top_logprobs) if logprobs else (None, None)
+                pieces = text.push(at, token, *scores)
+                if text.stopped:
+                    self.engine.cancel(event.request, "stop")
+                if event.finish_reason is not None or text.stopped:
+                    ended.add(which)
+                    reason = "stop" if text.stopped else event.finish_reason
+                    pieces = text.close(at, pieces, reason)
+                yield from pieces
 
     def _silent(self, prompt: list[int]) -> bool:
         """Whether a prompt has no text, so that whatever follows begins one."""
         return not any(self.tokenizer.token_bytes(token) for token in prompt)
 
-    def _echo(self, at: int, request: Request) -> Iterator[Piece]:
+    def _echo(self, at: int, request: Request) -> Generator[Piece, None, None]:
         """The prompt as pieces, with the scores that were asked for."""
         decoder = IncrementalDecoder(self.tokenizer)
         scores, tops = request.prompt_logprobs, request.prompt_top_logprobs
@@ -553,7 +568,8 @@ def _checked(max_gen_len: object) -> int | None:
     if max_gen_len is None:
         return None
     try:
-        whole = -1 if isinstance(max_gen_len, bool) else index(max_gen_len)  # type: ignore[arg-type]
+        plain = plain_number(max_gen_len)
+        whole = -1 if isinstance(plain, bool) else index(plain)
     except TypeError:
         whole = -1
     if whole < 0:
@@ -575,7 +591,7 @@ def _flag(name: str, value: object) -> bool:
 
 def _listed(name: str, values: Iterable[Any]) -> list[Any]:
     """Several prompts or dialogs as a list: a generator, an array or a tensor of them as well."""
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
         raise ValueError(f"{name} is {values!r:.80}; it must be a list")
     out = values.tolist() if hasattr(values, "tolist") else list(values)
     if isinstance(out, list):

@@ -344,6 +344,7 @@ class Transformer(nn.Module):
             )
         if self.cache is None:
             self.cache = self.new_cache(*limits)
+        self.cache.follow(self.norm.weight)
         batch = Batch([length] * size, [start_pos + length] * size, range(size), tokens.device)
         positions = torch.arange(start_pos, start_pos + length, device=tokens.device).repeat(size)
         return self.forward_flat(tokens.flatten(), positions, batch, self.cache).view(

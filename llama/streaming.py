@@ -5,7 +5,7 @@ thing: a piece is held back, token and all, while its text could still turn out 
 string; so tokens that only spelled a stop string are never seen by anybody.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from llama.tokenizer import IncrementalDecoder, TextTokenizer
@@ -98,7 +98,8 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    several = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    strings = tuple(several) if isinstance(several, Iterable) else ("",)
     if not all(isinstance(s, str) and s for s in strings):
         raise ValueError(f"stop is {stop!r}; it must be a string or several, none of them empty")
     return strings

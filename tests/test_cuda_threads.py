@@ -137,3 +137,23 @@ def test_bf16_answers_of_four_threads_part_only_where_roundings_can_part():
     print(
         f"{len(found)} of {len(pairs)} calls part; the largest margin is {worst:.2f} of the bound"
     )
+
+
+def test_steps_of_threads_with_streams_of_their_own_follow_each_other(monkeypatch):
+    """A side stream waits for no other one, so that a step there would overlap the one before."""
+    llama = Llama.build(DEMO, max_batch_size=2, dtype="float32", device="cuda")
+    prompt = llama.tokenizer.encode("What is", bos=True, eos=False)
+    expected = llama.generate([prompt], 24, 0)
+    used = []
+    launch = llama.engine.captured.launch
+
+    def watched():
+        used.append(torch.cuda.current_stream())
+        launch()
+
+    monkeypatch.setattr(llama.engine.captured, "launch", watched)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        assert llama.generate([prompt], 24, 0) == expected
+        assert torch.cuda.current_stream() == side
+    assert set(used) == {torch.cuda.default_stream()}

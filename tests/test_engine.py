@@ -1,14 +1,17 @@
 """Laws of the engine: slots, chunks, rows and ends; ids in, ids out."""
 
+import gc
 import math
 import random
 import re
+import weakref
+from collections import Counter
 
 import pytest
 import torch
 from conftest import says
 
-from llama.engine import Engine
+from llama.engine import Engine, Request
 from llama.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -429,3 +432,45 @@ def test_a_model_that_was_moved_after_it_was_built_is_refused_with_what_to_do(ti
         engine.submit([1], GREEDY)
     engine.model.float()
     assert run(engine, [[1]])[0][0].finish_reason == "length"
+
+
+def test_an_engine_that_is_idle_keeps_no_request(tiny):
+    engine = engine_of(tiny(), slots=2, reuse=True)
+    request = engine.submit([5, 6], GREEDY)
+    stays = weakref.ref(request)
+    while not engine.idle:
+        engine.step()
+    del request
+    gc.collect()
+    assert stays() is None
+
+
+def test_what_waits_costs_a_step_next_to_nothing(tiny):
+    """No property of a request that waits is asked, however many do."""
+    engine = engine_of(tiny(), slots=2)
+    for _ in range(300):
+        engine.submit([5], GREEDY)
+    engine.step()
+    asked = Counter()
+    reason = Request.finish_reason.fget
+
+    class Watched(Request):
+        @property
+        def finish_reason(self):
+            asked["finish_reason"] += 1
+            return reason(self)
+
+    for request in engine._live:
+        request.__class__ = Watched
+    engine.step()
+    assert 0 < asked["finish_reason"] < 50
+
+
+def test_a_model_that_is_moved_under_a_request_says_so_too(tiny):
+    engine = engine_of(tiny())
+    request = engine.submit([5, 6], GREEDY)
+    engine.step()
+    engine.model.to(torch.bfloat16)
+    while not engine.idle:
+        engine.step()
+    assert "the model was moved to torch.bfloat16" in str(request.error)

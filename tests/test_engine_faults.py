@@ -472,3 +472,26 @@ def test_two_thousand_random_schedules_give_each_request_what_it_gets_alone(path
     model = poisoned()
     for seed in range(1000, 2000):
         check_alone(model, path, seed)
+
+
+def test_a_captured_step_that_goes_on_failing_is_tried_less_and_less_with_one_warning(caplog):
+    model = small()
+    expected = answers(engine_of(model), [[5, 6]], SamplingParams(temperature=0, max_tokens=40))
+    engine, tries = engine_of(model, "captured"), []
+    launch = engine.captured.launch
+
+    def fails(*_):
+        tries.append(engine.steps)
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    engine.captured.launch = fails
+    request = engine.submit([5, 6], SamplingParams(temperature=0, max_tokens=40))
+    for _ in range(20):
+        engine.step()
+    assert 3 <= len(tries) <= 6, tries
+    assert len([r for r in caplog.records if "no memory for a graph" in r.getMessage()]) == 1
+    engine.captured.launch = launch
+    finish(engine)
+    assert request.tokens == expected[0].tokens
+    assert engine._failures == 0  # it was tried again
+    caplog.clear()

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import inspect
+import math
 import random
 import sys
 import threading
@@ -12,6 +14,7 @@ from functools import partial
 import numpy
 import pytest
 import torch
+from conftest import says
 from test_engine_faults import AtLine, interrupt
 
 import llama.generation
@@ -301,7 +304,7 @@ def test_ids_of_numpy_and_torch_and_iterables_of_prompts_are_taken(shared):
         (lambda m: m.generate([torch.tensor([[1]])], 4), r"prompt 0: the prompt has \[1\] in it"),
         (lambda m: m.generate([[1, None]], 4), r"prompt 0: the prompt has None in it"),
         (lambda m: m.generate([[True]], 4), r"prompt 0: the prompt has True in it"),
-        (lambda m: m.generate([{"a": 1}], 4), r"prompt 0: the prompt has 'a' in it"),
+        (lambda m: m.generate([{"a": 1}], 4), r"prompt 0: the prompt is {'a': 1}; it must"),
         (lambda m: m.generate([[1]], 4, logprobs=5), r"logprobs is 5; .*SamplingParams\("),
         (lambda m: m.generate([[1]], 4, echo=1), "echo is 1; it must be True or False"),
         (lambda m: m.generate([[1]], 4.5), "max_gen_len is 4.5; it must be an int >= 0"),
@@ -409,3 +412,121 @@ def test_a_stream_keeps_the_seed_of_its_params_and_hands_out_alternatives(tiny_l
     )[1][0]
     bare = list(llama.stream([[1, 2, 3]], replace(params, logprobs=None), echo=True))
     assert all(p.logprob is None and p.top_logprobs is None for p in bare)
+
+
+def test_a_thread_that_was_interrupted_at_any_line_holds_nobody_up(shared, monkeypatch):
+    monkeypatch.setattr(llama.generation, "PATIENCE", 0.05)
+    expected = shared().generate([[5, 6, 7]], 3, 0)
+    paths = (llama.generation.__file__,)
+    first, count = inspect.getsourcelines(Llama._step)[1], 0
+    stops = {first + at for at in range(len(inspect.getsourcelines(Llama._step)[0]))}
+    for at in range(1, 10**6):
+        model = shared()
+        with AtLine(at, interrupt, paths) as hit, contextlib.suppress(KeyboardInterrupt):
+            model.generate([[1, 2]], 2, 0)
+        if hit.hit is None:
+            break
+        name, line = hit.hit.split(":")
+        if name != "generation.py" or int(line) not in stops:
+            continue
+        count += 1
+        got = []
+        worker = threading.Thread(
+            target=lambda m=model, out=got: out.append(m.generate([[5, 6, 7]], 3, 0)), daemon=True
+        )
+        worker.start()
+        worker.join(30)
+        assert got == [expected], hit.hit
+    assert count > 5, count
+
+
+def test_a_call_that_failed_leaves_nothing_behind_while_its_exception_is_kept(shared):
+    model = shared()
+
+    def broken(token):
+        raise Endless
+
+    model.tokenizer.token_bytes, whole = broken, model.tokenizer.token_bytes
+    with pytest.raises(Endless) as kept:
+        model.text_completion(["ab"], 0, max_gen_len=40)
+    model.tokenizer.token_bytes = whole
+    model.engine.step()
+    assert model.engine.idle
+    assert kept.value.__traceback__ is not None
+
+
+def test_a_text_that_is_kept_up_by_another_thread_ends_where_it_ends_alone(scripted):
+    """Behind the stop string its request goes on until somebody reads it, and may even fail."""
+    llama = scripted(says("one stop two three", 2))
+    made = llama.model.logits
+
+    def logits(h):
+        out = made(h)
+        out[h[:, 1] >= 12] = math.nan
+        return out
+
+    llama.model.logits = logits
+    stream = llama.stream([[1, 2]], SamplingParams(temperature=0), stop="stop")
+    pieces = [next(stream)]
+    while not llama.engine.idle:
+        llama.engine.step()
+    pieces += stream
+    assert "".join(piece.text for piece in pieces) == "one "
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_a_call_that_is_refused_draws_no_seed(shared):
+    ours, fresh = shared(), shared()
+    for call in (
+        lambda: ours.generate([[1], [10**6]], 2),
+        lambda: ours.text_completion(["a"], stop=[""]),
+        lambda: ours.chat_completion([[{"role": "user", "content": "a"}]], logprobs=5),
+    ):
+        with pytest.raises(ValueError, match=r"must be|ids go"):
+            call()
+    ours.stream([[1]], SamplingParams(max_tokens=2))  # nor one that nobody reads
+    assert ours.generate([[1]], 8, 1.5) == fresh.generate([[1]], 8, 1.5)
+
+
+@pytest.mark.parametrize("stop", [5, True, 0, ["a", 5], [""], "", b"a"])
+def test_stop_is_a_string_or_several(tiny_llama, stop):
+    with pytest.raises(ValueError, match=r"stop is .*must be a string or several"):
+        tiny_llama().text_completion(["a"], stop=stop)
+
+
+def test_several_stops_may_come_as_any_collection(tiny_llama):
+    model = tiny_llama()
+    expected = model.text_completion(["a"], 0, stop=["x", "y"])
+    for stop in (numpy.array(["x", "y"]), {"x", "y"}, iter(["x", "y"])):
+        assert model.text_completion(["a"], 0, stop=stop) == expected
+
+
+@pytest.mark.parametrize("prompt", [{1, 2}, frozenset({3}), {1: 2}, [torch.tensor(True)]])
+def test_ids_without_an_order_and_truths_are_refused(tiny_llama, prompt):
+    with pytest.raises(ValueError, match=r"prompt 0: the prompt (is|has)"):
+        tiny_llama().generate([prompt], 2)
+    with pytest.raises(ValueError, match="must be"):
+        tiny_llama().text_completion({"a", "b"})
+    with pytest.raises(ValueError, match="max_gen_len is"):
+        tiny_llama().text_completion(["a"], max_gen_len=torch.tensor(True))
+
+
+@pytest.mark.parametrize("seed", [numpy.int64(7), torch.tensor(7)])
+def test_the_seed_of_an_instance_may_be_a_number_of_numpy_or_torch(tiny_llama, seed):
+    model = tiny_llama()
+    ours, expected = (Llama(model.model, model.tokenizer, seed=s) for s in (seed, 7))
+    assert ours.generate([[1]], 8, 1.5) == expected.generate([[1]], 8, 1.5)
+
+
+def test_forward_works_in_every_mode_of_torch_and_after_the_model_was_moved(tiny):
+    model, ids = tiny(), torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        whole = tiny()(ids)
+    with torch.inference_mode():
+        model(ids[:, :2])
+    with torch.no_grad():
+        assert torch.allclose(model(ids[:, 2:4], 2), whole[:, 2:4], atol=1e-5)
+        model.to(torch.bfloat16)
+        later = model(ids[:, 4:], 4)
+    assert later.dtype == torch.float32
+    assert torch.allclose(later, whole[:, 4:], atol=0.2)

@@ -29,7 +29,14 @@ from torch import Tensor
 from llama.cache import Batch
 from llama.engine.request import Choice, Event, Request, token_ids
 from llama.model import Transformer
-from llama.sampling import RowParams, SamplingParams, finite_rows, logprobs_of, sample
+from llama.sampling import (
+    RowParams,
+    SamplingParams,
+    finite_rows,
+    logprobs_of,
+    plain_number,
+    sample,
+)
 
 if TYPE_CHECKING:
     from llama.cuda.forward import FlatForward
@@ -80,7 +87,7 @@ class Engine:
         self.chunk = chunk
         self.reuse = reuse
         self.steps = 0
-        self._seeds = random.Random(seed)
+        self._seeds = random.Random(plain_number(seed))
         self._numbers = itertools.count()
         self._live: dict[Request, None] = {}  # in the order of arrival
         self._kept: dict[int, list[int]] = {}  # what slots held at the last end there, oldest first
@@ -91,6 +98,7 @@ class Engine:
         self.forward: Transformer | FlatForward = model
         self.captured: CapturedStep | None = None
         self._loaded: list[Request] = []  # the rows of the captured step
+        self._failures = self._resume = 0  # of it in a row; the step that tries it again
         if kernels:
             self._use_kernels()
 
@@ -132,25 +140,35 @@ class Engine:
                 "max_seq_len"
             )
         params.check_vocabulary(vocab, self.n_words)
+        moved = self._moved()
+        if moved is not None:
+            raise moved
+
+    def _moved(self) -> ValueError | None:
+        """What to say where the model has another dtype or device than the engine was made for."""
         weight, keys = self.model.norm.weight, self.cache.k
-        if (weight.dtype, weight.device) != (keys.dtype, keys.device):
-            raise ValueError(
-                f"the model was moved to {weight.dtype} on {weight.device} after it was built for "
-                f"{keys.dtype} on {keys.device}: build it again with that dtype and device"
-            )
+        if (weight.dtype, weight.device) == (keys.dtype, keys.device):
+            return None
+        return ValueError(
+            f"the model was moved to {weight.dtype} on {weight.device} after it was built for "
+            f"{keys.dtype} on {keys.device}: build it again with that dtype and device"
+        )
 
     def prepare(self, prompt: Iterable[int], params: SamplingParams) -> Request:
         """A request that nobody runs yet: hand it to `queue`. Raises ValueError where it cannot be
         run; see `check`."""
         ids = token_ids(prompt)
         self.check(ids, params)
-        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         room = self.cache.max_seq_len - len(ids)
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
-        return Request(ids, params, seed, limit, next(self._numbers))
+        return Request(ids, params, limit)
 
     def queue(self, request: Request) -> None:
-        """Let a prepared request wait for a slot."""
+        """Let a prepared request wait for a slot; it has its place in the order of arrival, and of
+        the seeds that are drawn, from here on."""
+        seed = request.params.seed
+        request.seed = self._seeds.getrandbits(64) if seed is None else seed
+        request.number = next(self._numbers)
         self._note([request.number, *request.prompt])
         self._live[request] = None
 
@@ -207,6 +225,7 @@ class Engine:
             self._sweep(running)
             if self.idle:
                 self._forget_captured()
+                self._rows = None
                 self._agree()
             return events
 
@@ -216,6 +235,10 @@ class Engine:
         with contextlib.ExitStack() as stack:
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
+                own, theirs = torch.cuda.default_stream(), torch.cuda.current_stream()
+                if theirs != own:  # steps of all threads follow each other on one stream
+                    own.wait_stream(theirs)
+                    stack.enter_context(torch.cuda.stream(own))
             if torch.is_autocast_enabled(self.device.type):  # weights and cache have one dtype
                 stack.enter_context(torch.autocast(self.device.type, enabled=False))
             if torch.empty(0).device.type != "cpu":  # what the host prepares is made here
@@ -226,9 +249,8 @@ class Engine:
 
     def _sweep(self, requests: Iterable[Request]) -> None:
         """Take those that have ended out of the list, and look after their slots."""
-        for request in requests:
-            waits = request.slot < 0 and not request.ends  # most of them, under traffic
-            if waits or request.finish_reason is None:
+        for request in [r for r in requests if r.slot >= 0 or r.ends]:  # the others wait
+            if request.finish_reason is None:
                 continue
             if request.slot >= 0:
                 self._leave(request)
@@ -293,7 +315,7 @@ class Engine:
     def _advance(self, running: list[Request]) -> None:
         """Have the requests that have a slot go on, by the captured step where that serves."""
         captured = self.captured
-        if captured is None:
+        if captured is None or self.steps < self._resume:
             return self._plain_step(running)
         decoding = all(request.decoding for request in running)
         if not any(request.finish_reason is None for request in self._loaded):
@@ -304,8 +326,13 @@ class Engine:
             self._captured_step(captured, running, decoding)
         except Exception as error:
             if not self._without_kernels(error):
-                logger.warning("the captured step failed, this one runs without: %s", error)
+                if not self._failures:
+                    logger.warning("the captured step failed, this one runs without: %s", error)
+                self._failures = min(self._failures + 1, 10)
+                self._resume = self.steps + 2**self._failures - 1  # it may go on failing
             self._plain_step(running)
+        else:
+            self._failures = 0
 
     def _plain_step(self, running: list[Request]) -> None:
         """Run this step's share; what fails is tried again in smaller parts, see `_instead`."""
@@ -373,7 +400,7 @@ class Engine:
             return [work]
         if len(work) > 1:
             return [[item] for item in work]
-        _fail(work[0][0], error)
+        _fail(work[0][0], self._moved() or error)
         return []
 
     def _without_kernels(self, error: Exception) -> bool:

@@ -6,12 +6,12 @@ fall between any two lines, and what is there is always a request that can go on
 kept: they are read off the request, as often as somebody asks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, NamedTuple
 
-from llama.sampling import SamplingParams
+from llama.sampling import SamplingParams, plain_number
 
 Alternatives = list[tuple[int, float]]  # (id, logprob), the most probable first
 
@@ -44,8 +44,8 @@ class Request:
 
     prompt: list[int]
     params: SamplingParams
-    seed: int
     limit: int  # tokens it may generate
+    seed: int = 0  # drawn when it is queued, where params has none
     number: int = 0  # in the order of arrival
     choices: list[Choice] = field(default_factory=list)  # one for each token of the answer
     prompt_logprobs: list[float] = field(default_factory=list)  # the first token's is 0.0
@@ -92,6 +92,8 @@ class Request:
 
     def news(self, seen: int) -> list[Event]:
         """Its events after the first `seen` tokens, the end among them once there is one."""
+        if self.slot < 0 and not self.ends:
+            return []  # it waits, as many may
         reason = self.finish_reason  # asked first: what has ended brings no more tokens
         asked = self.params.logprobs
         events = [
@@ -115,7 +117,7 @@ def token_ids(prompt: Any) -> list[int]:  # noqa: ANN401 (whatever somebody pass
 
     Raises ValueError, naming it, for anything else; nothing is rounded.
     """
-    if isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable):
+    if isinstance(prompt, str | bytes | Mapping | Set) or not isinstance(prompt, Iterable):
         raise ValueError(f"the prompt is {prompt!r:.80}; it must be a list of token ids")
     ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
     if not isinstance(ids, list):
@@ -125,9 +127,10 @@ def token_ids(prompt: Any) -> list[int]:  # noqa: ANN401 (whatever somebody pass
     out = []
     for token in ids:
         try:
-            if isinstance(token, bool):
+            plain = plain_number(token)
+            if isinstance(plain, bool):
                 raise TypeError
-            out.append(index(token))
+            out.append(index(plain))
         except TypeError:
             raise ValueError(
                 f"the prompt has {token!r:.80} in it; token ids are whole numbers (int)"
