@@ -372,6 +372,7 @@ def elsewhere(monkeypatch):
     return entered
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU that is not there is stood in for")
 def test_steps_and_prompts_launch_on_their_own_device(elsewhere):
     model = small()
     engine = engine_of(model, True)

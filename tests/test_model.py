@@ -421,7 +421,7 @@ def test_the_limits_of_a_run_are_whole_numbers_of_any_kind(kind):
      (128256, 130048, True), (128256, 131072, False), (128000, 128256, True)],
 )  # fmt: skip
 def test_padding_of_any_size_that_people_ship_fits(words, rows, fits):
-    tokenizer = SimpleNamespace(n_words=words)
+    tokenizer = SimpleNamespace(n_words=words, stated=False, added=[])
     with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="different models"):
         check_vocabulary(tokenizer, tiny_args(vocab_size=rows), "here")
 
