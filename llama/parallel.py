@@ -300,7 +300,7 @@ def float32_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Ten
 
     `out`: where it goes, without gradients. Also under autocast.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         if x.dtype == weight.dtype == torch.float32:
             return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
         if x.dtype == weight.dtype == torch.float64:
@@ -314,6 +314,13 @@ def float32_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Ten
         if x.dtype == weight.dtype:
             return _Product.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
         return F.linear(x.float(), weight.float())
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """torch.autocast set aside on devices of this type, where there is one that is on."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def float32_block(device: str) -> int:

@@ -66,7 +66,8 @@ class SomeRows(NamedTuple):
         numbers of `itemsize` bytes."""
         inputs = self.block_k * self.padded * itemsize
         weights = self.block_k * self.block_n * {"": 2 * itemsize, "int4": 1}.get(kind, 2) // 2
-        pairs = 12 * self.block_n * self.block_k // group if group else 0
+        each = 12 if group >= 64 else 40  # bytes of a scale and an offset, in all stages
+        pairs = each * self.block_n * self.block_k // group if group else 0
         weights_held = self.stages - 1 + (direct and not kind)  # packed ones go by registers
         return weights_held * weights + (self.stages - 1 + direct) * inputs + pairs + 64
 

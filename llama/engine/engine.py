@@ -455,6 +455,8 @@ class Engine:
         del done[request.cached + 1 :], tops[request.cached + 1 :]  # of an interrupted step
         if not done:
             done[:], tops[:] = [0.0], [[]]
+        if not hidden.isfinite().all():  # of the last token too, whose logits nobody asks for
+            return _fail(request, self._not_finite(request, "its prompt"))
         k = request.params.prompt_logprobs or 0
         for part in torch.split(hidden, LOGIT_ROWS):
             targets = request.prompt[len(done) : len(done) + len(part)]
@@ -534,18 +536,22 @@ class Engine:
                 and some_go_on and 2 * len(going) > len(self._loaded)
             ):  # fmt: skip
                 captured.launch()
-            found = captured.read()
+            requests, choices = self._outcomes(captured)
             self.steps += 1
-            rows = zip(self._loaded, found, strict=False)
-            live = [(r, f) for r, f in rows if r.finish_reason is None]
-            requests = [request for request, _ in live]
-            self._commit(requests, [Choice(f.token, f.logprob, f.top, f.finite) for _, f in live])
+            self._commit(requests, choices)
             for request in requests:
                 request.cached += 1
                 request.sound = request.cached
         except BaseException:
             self._forget_captured()
             raise
+
+    def _outcomes(self, captured: "CapturedStep") -> tuple[list[Request], list[Choice]]:
+        """What the oldest step in flight brought those of its rows that still go on."""
+        rows = zip(self._loaded, captured.read(), strict=False)
+        live = [(r, found) for r, found in rows if r.finish_reason is None]
+        choices = [Choice(found.token, found.logprob, found.top, found.finite) for _, found in live]
+        return [request for request, _ in live], choices
 
     def _device_knows(self, captured: "CapturedStep", request: Request) -> bool:
         """Whether a row of the captured step goes on, or ended in a way that the device saw."""
