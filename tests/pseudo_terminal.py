@@ -55,6 +55,18 @@ class Session:
         self._read = match.end()
         return match
 
+    def press(self, key, pattern, times=10):
+        """Press a key until `pattern` comes, as a person does: readline sleeps over a Ctrl-C that
+        falls between its prompt and its select."""
+        for _ in range(times - 1):
+            self.type(key)
+            try:
+                return self.wait_for(pattern, 5)
+            except AssertionError:
+                continue
+        self.type(key)
+        return self.wait_for(pattern)
+
     def end(self, seconds=60):
         """Read to the end; the exit status."""
         deadline = time.monotonic() + seconds

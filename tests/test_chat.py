@@ -522,9 +522,8 @@ def test_a_session_on_a_terminal(tmp_path):
         assert list(map(int, session.wait_for(STATUS).groups())) == [60, 1, first]
         session.wait_for("> ")
         session.type("two")
-        session.wait_for("two")  # readline sleeps over a Ctrl-C between its prompt and its select
-        session.type(CTRL_C)
-        session.wait_for("Ctrl-D or /quit leaves.*> ")
+        session.wait_for("two")
+        session.press(CTRL_C, "Ctrl-D or /quit leaves.*> ")
         session.type("\x1b[A" + 5 * "\x7f" + "tokens\n")  # the line before, but for its "/", edited
         session.wait_for("tokens are used.*> ")
         session.type("two\n")
