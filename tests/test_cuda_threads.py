@@ -1,12 +1,12 @@
 """Threads on one `Llama` on a GPU: what each call gets alone, but for what rounding can part."""
 
 import random
-import threading
 from dataclasses import dataclass
 
 import pytest
 import torch
 from test_cuda import DEMO
+from test_threads import on_threads
 
 from llama import Llama
 from llama.cache import Batch
@@ -66,21 +66,7 @@ def side_by_side(llama, seed):
     rng = random.Random(seed)
     jobs = [[call(rng) for _ in range(CALLS)] for _ in range(THREADS)]
     alone = [[job(llama) for job in own] for own in jobs]
-    got = [[] for _ in range(THREADS)]
-
-    def work(own, out):
-        for job in own:
-            out.append(job(llama))
-
-    workers = [
-        threading.Thread(target=work, args=pair, daemon=True)
-        for pair in zip(jobs, got, strict=True)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert not worker.is_alive(), "a call hangs"
+    got = on_threads(llama, jobs, 120)
     assert [len(out) for out in got] == [CALLS] * THREADS
     assert llama.engine.idle
     return [

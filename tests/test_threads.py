@@ -100,12 +100,9 @@ def close(ours, theirs):
     return ours == theirs
 
 
-def side_by_side(llama, alone, threads, count, seed):
-    """`count` calls on each of several threads, against each call by itself."""
-    rng = random.Random(seed)
-    jobs = [[calls(rng) for _ in range(count)] for _ in range(threads)]
-    expected = [[job(alone) for job in own] for own in jobs]
-    got = [[] for _ in range(threads)]
+def on_threads(llama, jobs, seconds):
+    """What the calls of each list answer, a thread for each list, all at one time."""
+    got = [[] for _ in jobs]
 
     def work(own, out):
         for job in own:
@@ -118,8 +115,17 @@ def side_by_side(llama, alone, threads, count, seed):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(240)
+        worker.join(seconds)
         assert not worker.is_alive(), "a call hangs"
+    return got
+
+
+def side_by_side(llama, alone, threads, count, seed):
+    """`count` calls on each of several threads, against each call by itself."""
+    rng = random.Random(seed)
+    jobs = [[calls(rng) for _ in range(count)] for _ in range(threads)]
+    expected = [[job(alone) for job in own] for own in jobs]
+    got = on_threads(llama, jobs, 240)
     for ours, theirs in zip(got, expected, strict=True):
         for at, (mine, one) in enumerate(zip(ours, theirs, strict=True)):
             assert close(mine, one), (at, mine, one)
