@@ -3,11 +3,12 @@
 torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir llama/demo
 """
 
-from llama.terminal import ctrl_c_ends
+from llama.terminal.lines import ctrl_c_ends
 
 with ctrl_c_ends(__name__ == "__main__"):  # also while torch is imported
-    from llama import Dialog, Llama, cli
+    from llama import Dialog, Llama
     from llama.generation import check_sampling
+    from llama.terminal import arguments
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "Hello! How are you?"}],
@@ -69,4 +70,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    arguments.run(main)

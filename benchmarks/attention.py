@@ -5,7 +5,7 @@
 
 Needs one NVIDIA GPU. Prints causal TFLOP/s of `attend_runs` for each tiling, with torch's own
 attention beside it, then the time of each piece of a layer of the 8B shape. A tiling that does not
-fit the GPU is named with its error. Put the best into LARGE in llama/cuda/prefill.py.
+fit the GPU is named with its error. Put the best into LARGE in llama/cuda/attention/prefill.py.
 """
 
 import statistics
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from llama.cache import Batch
-from llama.cuda.prefill import Tiling, attend_runs, tile_table
-from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
+from llama.cuda.attention.prefill import Tiling, attend_runs, tile_table
+from llama.cuda.norm_rope_gate import rms_norm, rotate_and_store, silu_multiply
 
 HEADS, KV_HEADS, DIM, HIDDEN = 32, 8, 4096, 14336
 TILINGS = [

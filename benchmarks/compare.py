@@ -14,10 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llama import cli
-from llama.bench import SHAPES, VOCAB
+from llama.commands.bench import SHAPES, VOCAB
 from llama.model import ModelArgs
 from llama.parallel import local_device
+from llama.terminal import arguments as cli
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

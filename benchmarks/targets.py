@@ -30,25 +30,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from llama.bench import SHAPES as RELEASED
 from llama.cache import Batch
-from llama.checkpoint.packed import Packed
-from llama.cuda import (
-    attention,
-    forward,
-    launch,
-    prefill,
-    products,
-    rows,
-    sampling,
-    step,
-    unpack,
-    weights,
-)
-from llama.cuda.stream import shared_memory
+from llama.commands.bench import SHAPES as RELEASED
+from llama.cuda import forward, launch, products, sampling, step, weights
+from llama.cuda import norm_rope_gate as rows
+from llama.cuda.attention import decode as attention
+from llama.cuda.attention import prefill
+from llama.cuda.products import unpack
+from llama.cuda.products.gemv import shared_memory
 from llama.cuda.tuning import DecodeAttention, SomeRows, Stream, Tiling, direct, power_of_two
 from llama.model import ModelArgs, Transformer
 from llama.quantization import QuantizedEmbedding, QuantizedLinear, formats_of
+from llama.quantization.packed import Packed
 
 
 class Target(NamedTuple):

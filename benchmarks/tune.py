@@ -23,15 +23,17 @@ from collections.abc import Sequence
 import fire
 import torch
 
-from llama.bench import SHAPES, VOCAB
 from llama.checkpoint import random_checkpoint
-from llama.cuda import attention, launch, step, tuning
-from llama.cuda.products import Products
-from llama.cuda.stream import shared_memory, turn_of
+from llama.commands.bench import SHAPES, VOCAB
+from llama.cuda import launch, step, tuning
+from llama.cuda.attention import decode as attention
+from llama.cuda.products.dispatch import Products
+from llama.cuda.products.gemv import shared_memory, turn_of
 from llama.cuda.weights import Weight, kind_of, source
+from llama.loading import load
 from llama.model import ModelArgs
 from llama.parallel import ONE
-from llama.quantization import formats_of, load
+from llama.quantization import formats_of
 from llama.sampling import SamplingParams
 
 LAYERS = 8

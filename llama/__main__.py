@@ -13,25 +13,25 @@ from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
 
-from llama.terminal import ctrl_c_ends
+from llama.terminal.lines import ctrl_c_ends
 
 with ctrl_c_ends(__name__ == "__main__"):  # also while torch is imported: that takes seconds
-    from llama import bench as benching
-    from llama import chat as talking
-    from llama import cli
     from llama.checkpoint import convert as write_format
-    from llama.checkpoint import merge_adapter, open_checkpoint
+    from llama.checkpoint import merge_adapter, open_checkpoint, write_quantized
     from llama.checkpoint import reshard as write_shards
-    from llama.comparison import check_plot, compare_all, table
-    from llama.comparison import plot as draw
+    from llama.commands import bench as benching
+    from llama.commands import chat as talking
+    from llama.commands.compare import check_plot, compare_all, table
+    from llama.commands.compare import plot as draw
+    from llama.commands.info import inspect, tokenizer_alone
+    from llama.commands.perplexity import check_window, default_window, score
+    from llama.files.checklist import verify as find_problems
     from llama.generation import Llama
-    from llama.inspection import inspect, tokenizer_alone
+    from llama.loading.settings import CHUNK_ROWS, as_dtype, dtype_name
     from llama.parallel import is_first_process, local_device
-    from llama.perplexity import check_window, default_window, score
-    from llama.quantization import formats_of, write_quantized
+    from llama.quantization import formats_of
     from llama.sampling import SamplingParams
-    from llama.settings import CHUNK_ROWS, as_dtype, dtype_name
-    from llama.verify import verify as find_problems
+    from llama.terminal import arguments as cli
 
 DEMO = str(Path(__file__).parent / "demo")
 

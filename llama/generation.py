@@ -17,17 +17,16 @@ from typing import Any, TypedDict
 
 import torch
 
-from llama.checkpoint import merge_adapter, open_checkpoint
-from llama.checkpoint.plan import check_memory
+from llama.args import RopeScaling
 from llama.engine import Engine, Event, Request
-from llama.llama2 import RefusedDialog, chat_format
-from llama.model import RopeScaling, Transformer
-from llama.parallel import join, local_device
-from llama.quantization import Recipe, check_ranks, formats_of, load, recipes_for
+from llama.loading import prepare
+from llama.loading.settings import CHUNK_ROWS, check_vocabulary
+from llama.model import Transformer
+from llama.quantization import Recipe
 from llama.sampling import SamplingParams, plain_number
-from llama.settings import CHUNK_ROWS, as_dtype, check_vocabulary, with_limits
-from llama.streaming import AnswerText, Piece, join_pieces, stop_strings
-from llama.templates import choose_format
+from llama.text.llama2 import RefusedDialog, chat_format
+from llama.text.streaming import AnswerText, Piece, join_pieces, stop_strings
+from llama.text.templates import choose_format
 from llama.tokenizer import Dialog, DialogFormat, IncrementalDecoder, Message, TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -105,37 +104,26 @@ class Llama:
         make a model, limits that do not fit it, or memory that does not suffice; ImportError where
         the tokenizer of Llama 1 and 2 needs an extra that is not installed.
         """
-        where = local_device(device)
-        checkpoint = open_checkpoint(ckpt_dir, rope_scaling=rope_scaling)
-        if adapter is not None:
-            checkpoint = merge_adapter(checkpoint, adapter)
+        prepared = prepare(
+            ckpt_dir,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            device=device,
+            dtype=dtype,
+            rope_scaling=rope_scaling,
+            adapter=adapter,
+            quantize=quantize,
+            kernels=kernels,
+        )
+        checkpoint = prepared.checkpoint
         tokenizer = checkpoint.open_tokenizer(tokenizer_path)
         if tokenizer is None:
             raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
-        args = with_limits(checkpoint.args, max_batch_size, max_seq_len)
-        check_vocabulary(tokenizer, args, tokenizer_path or checkpoint.tokenizer_path or ckpt_dir)
-        tokenizer.limit(args.vocab_size)
+        path = tokenizer_path or checkpoint.tokenizer_path or ckpt_dir
+        check_vocabulary(tokenizer, checkpoint.args, path)
+        tokenizer.limit(checkpoint.args.vocab_size)
         formatter = choose_format(tokenizer, checkpoint.chat_template, checkpoint.stop_token_ids)
-        checkpoint = replace(checkpoint, args=args)
-        kind = as_dtype(dtype) or checkpoint.dtype
-        formats = checkpoint.formats if quantize is None else formats_of(quantize, args)
-        ranks = join(model_parallel_size, where)
-        problem = None
-        try:
-            check_ranks(formats, args, ranks.size)
-            chunk, smaller = CHUNK_ROWS, recipes_for(args)
-            check_memory(checkpoint, ranks, where, kind, chunk, formats, smaller, kernels)
-            model = load(
-                checkpoint,
-                ranks=ranks,
-                device=where,
-                dtype=kind,
-                formats=formats,
-                show_progress=ranks.is_main,
-            )
-        except Exception as error:
-            problem = error
-        ranks.agree(problem, "loading the model")
+        model = prepared.load(model_parallel_size)
         return Llama(
             model,
             tokenizer,

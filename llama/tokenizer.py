@@ -18,13 +18,13 @@ from typing import Literal, Protocol
 
 import tiktoken
 
-from llama.added import AddedToken, Allows, HasAddedWords, check_disallowed
-from llama.dialog import ROLES as ROLES
-from llama.dialog import Dialog as Dialog
-from llama.dialog import Message as Message
-from llama.dialog import Role as Role
-from llama.dialog import check_dialog, check_message, has_more
-from llama.ranks import parse_ranks, read_bytes
+from llama.files.ranks import parse_ranks, read_bytes
+from llama.text.added import AddedToken, Allows, HasAddedWords, check_disallowed
+from llama.text.dialog import ROLES as ROLES
+from llama.text.dialog import Dialog as Dialog
+from llama.text.dialog import Message as Message
+from llama.text.dialog import Role as Role
+from llama.text.dialog import check_dialog, check_message, has_more
 
 Version = Literal["3", "3.1"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from conftest import Scripted, write_tokenizer
 
 from llama import Llama, SamplingParams, Tokenizer, __main__
-from llama.chat import chat
+from llama.commands.chat import chat
 
 
 def next_letter(token, position):

@@ -14,11 +14,12 @@ if not torch.cuda.is_available():  # kernels then run in Triton's interpreter, o
 
 from safetensors.torch import save_file
 
-from llama import __main__, cli
-from llama.checkpoint.hf import hf_name
-from llama.checkpoint.names import shapes
+from llama import __main__
+from llama.checkpoint.hf.read import hf_name
 from llama.generation import Llama
 from llama.model import ModelArgs, RMSNorm, Transformer
+from llama.names import shapes
+from llama.terminal import arguments as cli
 from llama.tokenizer import Tokenizer
 
 

@@ -5,8 +5,8 @@ from math import prod
 
 import torch
 
-from llama.checkpoint.gguf_blocks import KINDS, NUMBER_OF
-from llama.checkpoint.gguf_file import (
+from llama.checkpoint.gguf.blocks import KINDS, NUMBER_OF
+from llama.checkpoint.gguf.header import (
     ALIGNMENT,
     ARRAY,
     BOOL,
@@ -16,7 +16,7 @@ from llama.checkpoint.gguf_file import (
     STRING,
     UINT32,
 )
-from llama.checkpoint.gguf_keys import keys_of, their_name
+from llama.checkpoint.gguf.keys import keys_of, their_name
 
 VECTORS = ("attn_norm", "ffn_norm", "output_norm", "rope_freqs")
 

@@ -9,11 +9,23 @@ import pytest
 import torch
 from conftest import tiny_args
 
-from llama import __main__, bench, limits
-from llama.bench import SHAPES, VOCAB, Work, choose, decode_seconds, lines, measure, work_for
-from llama.checkpoint import load, random_checkpoint
+from llama import __main__
+from llama.checkpoint import random_checkpoint
+from llama.commands import bench
+from llama.commands import machine as limits
+from llama.commands.bench import (
+    SHAPES,
+    VOCAB,
+    Work,
+    choose,
+    decode_seconds,
+    lines,
+    measure,
+    work_for,
+)
+from llama.commands.machine import decode_bytes, prefill_operations
 from llama.engine import Engine
-from llama.limits import decode_bytes, prefill_operations
+from llama.loading import load
 from llama.model import ModelArgs
 from llama.parallel import ONE
 
@@ -76,7 +88,7 @@ def test_the_machine_has_speeds():
 @pytest.mark.parametrize(("block", "programs"), [(64, 1), (128, 3)])
 def test_the_kernel_that_only_reads_reads_everything(block, programs):
     pytest.importorskip("triton")
-    from llama.cuda.limits import ROUNDS, read
+    from llama.cuda.bandwidth import ROUNDS, read
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
     numbers = torch.randint(-1000, 1000, (programs * block * ROUNDS,), dtype=torch.int32).to(where)
@@ -89,7 +101,7 @@ def test_the_kernel_that_only_reads_reads_everything(block, programs):
 
 @pytest.mark.gpu
 def test_the_kernel_that_only_reads_is_not_optimised_away():
-    from llama.cuda.limits import read_bandwidth
+    from llama.cuda.bandwidth import read_bandwidth
 
     buffer = 4 * 2**30
     fast, slow = (read_bandwidth(size, torch.device("cuda", 0)) for size in (buffer, buffer // 2))

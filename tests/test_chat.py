@@ -13,10 +13,10 @@ from conftest import BYTES_VOCAB, says, tiny_args, write_tokenizer
 from pseudo_terminal import CTRL_C, CTRL_D, Session
 
 from llama import Llama, SamplingParams
-from llama.chat import COMMANDS, SETTINGS, Chat
 from llama.checkpoint import random_checkpoint, write_meta
-from llama.conversation import Conversation
-from llama.terminal import Terminal
+from llama.commands.chat import COMMANDS, SETTINGS, Chat
+from llama.terminal.lines import Terminal
+from llama.text.conversation import Conversation
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 HEADER = len("user\n\n") + 2  # ids of a header over bytes

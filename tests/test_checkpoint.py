@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.checkpoint import load, open_checkpoint, random_checkpoint, write_meta
-from llama.checkpoint.names import groups, local_shape, local_slice, shapes
-from llama.checkpoint.params import params_of
-from llama.checkpoint.source import make_room
+from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
+from llama.checkpoint.meta.params import params_of
+from llama.loading import load
+from llama.loading.place import make_room
 from llama.model import ModelArgs, RopeScaling
+from llama.names import groups, local_shape, local_slice, shapes
 from llama.parallel import ONE, Ranks
 
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=128, multiple_of=16,
@@ -446,7 +447,7 @@ def test_writing_refuses_what_it_cannot_do_whole(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llama.checkpoint.meta.write_pth", fail)
+    monkeypatch.setattr("llama.checkpoint.meta.read.write_pth", fail)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "llama" / "demo")
 PROGRAM = """
 import sys, time
-from llama import cli
+from llama.terminal import arguments as cli
 def say(lines: int = 1, flush: bool = False) -> None:
     for number in range(lines):
         print("line", number, flush=flush)

@@ -16,7 +16,7 @@ from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
 from llama import Llama
 from llama.__main__ import DEMO
 from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
-from llama.checkpoint.names import shapes
+from llama.names import shapes
 
 ODD = ("1,2", "None", "{a: b}", '"x"', "[1]", "1e3", "True", "a b", "0x10", " x ", "é\n\n")
 
@@ -297,7 +297,7 @@ def test_reshard_that_is_interrupted_leaves_nothing(shell, folder, tmp_path, mon
     def fail(folder, advance):
         raise error
 
-    monkeypatch.setattr("llama.checkpoint.resharding.write_checklist", fail)
+    monkeypatch.setattr("llama.checkpoint.meta.reshard.write_checklist", fail)
     assert shell("reshard", folder, tmp_path / "x", "--shards", 1)[0] != 0
     assert list(tmp_path.iterdir()) == []
 

@@ -9,10 +9,16 @@ import torch
 from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
 
 from llama import Llama
-from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
-from llama.comparison import Difference, compare, compare_all, decode_speed, table, weight_bytes
-from llama.perplexity import score
-from llama.quantization import write_quantized
+from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta, write_quantized
+from llama.commands.compare import (
+    Difference,
+    compare,
+    compare_all,
+    decode_speed,
+    table,
+    weight_bytes,
+)
+from llama.commands.perplexity import score
 
 TEXT = "".join(chr(97 + i * i % 23) for i in range(400))
 

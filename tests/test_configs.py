@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM
 from llama.cache import Batch
 from llama.checkpoint import (
     convert,
-    load,
     open_checkpoint,
     random_checkpoint,
     write_gguf,
     write_hf,
     write_meta,
 )
+from llama.loading import load
+from llama.loading.settings import with_limits
 from llama.model import RopeScaling, rope_frequencies
 from llama.parallel import ONE
-from llama.settings import with_limits
 
 SAFETENSORS = "model.safetensors"
 FAR = torch.tensor([0, 1, 2, 3, 50, 51, 63, 64, 65, 100, 120, 127])

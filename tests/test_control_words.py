@@ -32,9 +32,9 @@ from test_layouts import (
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import ChatFormat, Llama
-from llama.llama2 import open_tokenizer
-from llama.perplexity import score
-from llama.templates import LLAMA3_TEMPLATE, TemplateFormat, choose_format
+from llama.commands.perplexity import score
+from llama.text.llama2 import open_tokenizer
+from llama.text.templates import LLAMA3_TEMPLATE, TemplateFormat, choose_format
 
 
 @pytest.fixture(scope="module")

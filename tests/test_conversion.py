@@ -11,11 +11,17 @@ from conftest import tiny_args
 from transformers import AutoTokenizer
 
 from llama import Llama
-from llama.checkpoint import convert, open_checkpoint, random_checkpoint, write_hf, write_meta
+from llama.checkpoint import (
+    convert,
+    open_checkpoint,
+    random_checkpoint,
+    write_hf,
+    write_meta,
+    write_quantized,
+)
 from llama.demo import __file__ as demo_file
-from llama.llama2 import SentencePieceTokenizer, open_tokenizer
-from llama.quantization import write_quantized
-from llama.tokenizer_json import tokenizer_json
+from llama.text.llama2 import SentencePieceTokenizer, open_tokenizer
+from llama.text.tokenizer_json import tokenizer_json
 
 DEMO = demo_file.removesuffix("__init__.py")
 FIRST = 1536  # the first id after the demo's vocabulary

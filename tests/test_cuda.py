@@ -11,8 +11,9 @@ from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
 import llama.demo
 from llama import Llama
 from llama.cache import Batch
-from llama.checkpoint import load, make_plan, open_checkpoint, random_checkpoint, write_meta
+from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
 from llama.engine import Engine
+from llama.loading import load, make_plan
 from llama.model import ModelArgs
 from llama.parallel import ONE
 from llama.sampling import SamplingParams
@@ -21,7 +22,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
 from llama.cuda.launch import compile_together
-from llama.cuda.rows import rms_norm
+from llama.cuda.norm_rope_gate import rms_norm
 from llama.cuda.step import CapturedStep, Row
 
 pytestmark = pytest.mark.gpu

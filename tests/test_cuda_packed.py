@@ -23,18 +23,20 @@ from test_cuda_products import (  # noqa: F401
 from test_cuda_step import GREEDY, PROMPTS, answers, check, engine_of, small_blocks
 
 from llama.cache import Batch
-from llama.checkpoint import make_plan, random_checkpoint
-from llama.checkpoint.packed import Format, Packed
-from llama.cuda import attention, forward, products, step, tuning
+from llama.checkpoint import random_checkpoint
+from llama.cuda import forward, products, step, tuning
+from llama.cuda.attention import decode as attention
 from llama.cuda.forward import UNPACKED, FlatForward, joined, rows_at_once
-from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
+from llama.cuda.products.dispatch import ADD, GATE, ROTATE, STORE, Products, Rotation
+from llama.cuda.products.unpack import Unpacked, unpack
 from llama.cuda.tuning import DecodeAttention, SomeRows
-from llama.cuda.unpack import Unpacked, unpack
 from llama.cuda.weights import pairs_of
+from llama.loading import load, make_plan
 from llama.parallel import ONE
-from llama.quantization import formats_of, load
-from llama.quantization.formats import quantize
+from llama.quantization import formats_of
 from llama.quantization.linear import QuantizedLinear
+from llama.quantization.packed import Format, Packed
+from llama.quantization.rounding import quantize
 
 KINDS = [Format("int8"), Format("fp8"), *(Format("int4", group) for group in (16, 32, 64, 128))]
 

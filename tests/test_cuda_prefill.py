@@ -20,9 +20,9 @@ pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
 import cubins
 
 from llama import cuda
+from llama.cuda.attention.prefill import Tiling, attend_runs, tile_table, tiling
 from llama.cuda.forward import FlatForward, joined
-from llama.cuda.prefill import Tiling, attend_runs, tile_table, tiling
-from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
+from llama.cuda.norm_rope_gate import rms_norm, rotate_and_store, silu_multiply
 
 HALF = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

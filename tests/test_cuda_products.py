@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 
 cuda = pytest.importorskip("triton", reason="triton is not installed") and pytest.importorskip(
-    "llama.cuda.products"
+    "llama.cuda.products.dispatch"
 )
 import cubins  # noqa: E402
 
-from llama.cuda import attention  # noqa: E402
-from llama.cuda.attention import DecodeAttention  # noqa: E402
-from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation  # noqa: E402
-from llama.cuda.rows import rms_norm  # noqa: E402
+from llama.cuda.attention import decode as attention  # noqa: E402
+from llama.cuda.attention.decode import DecodeAttention  # noqa: E402
+from llama.cuda.norm_rope_gate import rms_norm  # noqa: E402
+from llama.cuda.products.dispatch import ADD, GATE, ROTATE, STORE, Products, Rotation  # noqa: E402
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks  # noqa: E402
 from llama.cuda.tuning import SomeRows  # noqa: E402
 
@@ -262,10 +262,10 @@ def only(self, *args, grid, warmup, **options):
     print(self.__name__, len(kernel.asm["cubin"]), kernel.metadata.shared, *counts, spilled(kernel))
 JITFunction.run = only
 from llama.cuda import attention, products as room
-from llama.checkpoint.packed import Format, Packed
-from llama.cuda.attention import DecodeAttention
-from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
-from llama.cuda.stream import shared_memory
+from llama.quantization.packed import Format, Packed
+from llama.cuda.attention.decode import DecodeAttention
+from llama.cuda.products.dispatch import ADD, GATE, ROTATE, STORE, Products, Rotation
+from llama.cuda.products.gemv import shared_memory
 from llama.cuda.tuning import LEAST_WIDE, Stream, Wide
 from llama.cuda.weights import pairs_of, source
 room.overlap = attention.overlap = lambda device: {"OVERLAP": True, "launch_pdl": True}

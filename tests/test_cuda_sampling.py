@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from llama.cuda import launch, sampling
-from llama.cuda.sampling import Sampler
+from llama.cuda.sampling.lean import Sampler
 from llama.sampling import RowParams, SamplingParams, finite_rows, logprobs_of, sample, survivors
 
 ROOT = Path(__file__).parent.parent
@@ -335,7 +335,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from llama.cuda import sampling
+from llama.cuda.sampling.lean import lean as sampling
 
 TYPES = {"logits": "*fp32", "stride": "i32", "mask": "*i32", "temperature": "*fp32",
          "top_p": "*i64", "seed": "*i64", "seed_stride": "i32", "index": "*i64", "keys": "*i64",

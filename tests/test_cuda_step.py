@@ -14,8 +14,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
 from llama.cache import Batch
-from llama.cuda import attention, launch, products
+from llama.cuda import launch, products
 from llama.cuda import step as steps
+from llama.cuda.attention import decode as attention
 from llama.cuda.step import FLIGHTS, CapturedStep, Row
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks
 from llama.cuda.tuning import some_rows_blocks

@@ -20,12 +20,12 @@ from test_cuda_products import (  # noqa: F401
 )
 from test_cuda_step import small
 
-from llama.checkpoint.packed import Format
 from llama.cuda import products, step, tuning
-from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
-from llama.cuda.rows import rotate_and_store
+from llama.cuda.norm_rope_gate import rotate_and_store
+from llama.cuda.products.dispatch import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.step import CapturedStep, Row
 from llama.cuda.tuning import Stream, Wide, some_rows_blocks, stream_blocks, wide_blocks
+from llama.quantization.packed import Format
 from llama.sampling import SamplingParams
 
 HOPPER = DEVICE.type == "cpu" or torch.cuda.get_device_capability() == (9, 0)

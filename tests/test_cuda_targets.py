@@ -18,7 +18,7 @@ from conftest import BYTES_VOCAB, unit_scale
 
 from llama.cuda import launch, supported
 from llama.cuda.launch import multiprocessors_and_memory, use_less
-from llama.cuda.products import Products
+from llama.cuda.products.dispatch import Products
 from llama.cuda.tuning import (
     MOST_ROWS,
     DecodeAttention,

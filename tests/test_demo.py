@@ -11,9 +11,11 @@ import torch
 
 import llama.demo
 from llama import ChatFormat, Llama, Tokenizer
-from llama.demo import words
 from llama.demo.batches import LENGTHS, Encoder, rows
-from llama.demo.corpus import (
+from llama.demo.tokenizer_training import train_ranks
+from llama.demo.train import FILES, main
+from llama.demo.world import words
+from llama.demo.world.corpus import (
     ALL_KINDS,
     held_out,
     held_out_text,
@@ -21,12 +23,10 @@ from llama.demo.corpus import (
     keys_of,
     training_documents,
 )
-from llama.demo.haiku import THEMES, compose, is_haiku, syllables
-from llama.demo.memory import _FACTS
-from llama.demo.phrasings import PHRASINGS
-from llama.demo.questions import normalise
-from llama.demo.tokenizer_training import train_ranks
-from llama.demo.train import FILES, main
+from llama.demo.world.haiku import THEMES, compose, is_haiku, syllables
+from llama.demo.world.memory import _FACTS
+from llama.demo.world.phrasings import PHRASINGS
+from llama.demo.world.questions import normalise
 
 HERE = Path(llama.demo.__file__).parent
 

@@ -8,7 +8,7 @@ import torch
 from conftest import BYTES_VOCAB, Scripted, says
 
 from llama import ChatFormat, Llama
-from llama.streaming import AnswerText, join_pieces
+from llama.text.streaming import AnswerText, join_pieces
 
 EOT = 256 + 9
 BOS = 256

@@ -11,16 +11,17 @@ from gguf_files import entries_for, keys_for, random_blocks, raw_gguf, tensor
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llama import Llama
-from llama.checkpoint import gguf as module
-from llama.checkpoint import load, open_checkpoint, random_checkpoint, write_gguf, write_meta
-from llama.checkpoint.gguf_blocks import KINDS, NUMBER_OF, PLAIN, dequantize, quantize
-from llama.checkpoint.gguf_keys import rope_factors
-from llama.checkpoint.gguf_pieces import CONTROL, PieceTokenizer, _fields
-from llama.checkpoint.names import shapes
-from llama.llama2 import SentencePieceTokenizer
+from llama.checkpoint import open_checkpoint, random_checkpoint, write_gguf, write_meta
+from llama.checkpoint.gguf import read as module
+from llama.checkpoint.gguf.blocks import KINDS, NUMBER_OF, PLAIN, dequantize, quantize
+from llama.checkpoint.gguf.keys import rope_factors
+from llama.loading import load
 from llama.model import ModelArgs, RopeScaling, Transformer, rope_frequencies
+from llama.names import shapes
 from llama.parallel import ONE, Ranks
-from llama.templates import LLAMA3_TEMPLATE
+from llama.text.llama2 import SentencePieceTokenizer
+from llama.text.piece_tokenizer import CONTROL, PieceTokenizer, _fields
+from llama.text.templates import LLAMA3_TEMPLATE
 from llama.tokenizer import ChatFormat, Tokenizer
 
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=520, multiple_of=16,
@@ -728,7 +729,7 @@ def test_info_says_what_lies_in_a_file(tmp_path, shell):
 
 
 def test_names_cover_every_tensor():
-    from llama.checkpoint.gguf_keys import our_name, their_name
+    from llama.checkpoint.gguf.keys import our_name, their_name
 
     names = list(shapes(ARGS))
     assert [our_name(their_name(name)) for name in names] == names

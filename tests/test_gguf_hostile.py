@@ -9,7 +9,7 @@ import torch
 from gguf_files import entries_for, keys_for, raw_gguf, tensor, text, value
 
 from llama.checkpoint import open_checkpoint, random_checkpoint
-from llama.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, UINT64
+from llama.checkpoint.gguf.header import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, UINT64
 from llama.model import ModelArgs
 
 ARGS = ModelArgs(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=40, hidden_dim=48,

@@ -12,10 +12,11 @@ import torch
 from conftest import write_tokenizer
 
 from llama import Llama, ModelArgs, Tokenizer
-from llama.checkpoint import load, open_checkpoint, random_checkpoint, write_gguf
-from llama.llama2 import SentencePieceTokenizer
+from llama.checkpoint import open_checkpoint, random_checkpoint, write_gguf
+from llama.loading import load
 from llama.model import RopeScaling
 from llama.parallel import ONE
+from llama.text.llama2 import SentencePieceTokenizer
 
 pytestmark = pytest.mark.peer
 

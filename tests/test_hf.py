@@ -20,15 +20,16 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
 from llama.__main__ import convert
-from llama.checkpoint import load, open_checkpoint, random_checkpoint, write_hf, write_meta
-from llama.checkpoint.hf import hf_name
-from llama.checkpoint.hf_config import config_of, read_config
-from llama.checkpoint.names import local_slice
-from llama.checkpoint.params import params_of
+from llama.checkpoint import open_checkpoint, random_checkpoint, write_hf, write_meta
+from llama.checkpoint.hf.config import config_of, read_config
+from llama.checkpoint.hf.read import hf_name
+from llama.checkpoint.meta.params import params_of
+from llama.loading import load
 from llama.model import ModelArgs, RopeScaling, rope_frequencies
+from llama.names import local_slice
 from llama.parallel import ONE, Ranks
+from llama.text.tokenizer_json import ranks_file, read_tokenizer_json, tokenizer_json
 from llama.tokenizer import Tokenizer
-from llama.tokenizer_json import ranks_file, read_tokenizer_json, tokenizer_json
 
 SCALED = dict(use_scaled_rope=True, context_length=512)
 SHAPES = {
@@ -214,7 +215,7 @@ def test_logits_equal_transformers_on_what_it_wrote(tmp_path, changes):
 
 def test_the_law_fails_when_rows_are_not_put_back(tmp_path, monkeypatch):
     write_hf(random_checkpoint(shape("3"), dtype=torch.float32), tmp_path)
-    monkeypatch.setattr("llama.checkpoint.hf.rotary_heads", lambda name, args: 0)
+    monkeypatch.setattr("llama.checkpoint.hf.read.rotary_heads", lambda name, args: 0)
     with pytest.raises(AssertionError, match="not close"):
         logits_agree(tmp_path)
 
@@ -636,7 +637,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return block.view(torch.uint8)
 
-    for write, module in ((write_hf, "safetensors"), (write_meta, "pth")):
+    for write, module in ((write_hf, "safetensors"), (write_meta, "meta.pth_write")):
         with monkeypatch.context() as patch:
             patch.setattr(f"llama.checkpoint.{module}.cast", fail)
             with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_args, write_adapter
 
 from llama.checkpoint import merge_adapter, open_checkpoint, random_checkpoint, write_hf
-from llama.tokenizer_json import read_tokenizer_json
+from llama.text.tokenizer_json import read_tokenizer_json
 
 ARGS = dict(hidden_dim=96, max_seq_len=512)
 

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
-from llama.byte_level import CHAR_OF, merges_of
-from llama.metaspace import merges_of_pieces
+from llama.text.byte_level import CHAR_OF, merges_of
+from llama.text.metaspace import merges_of_pieces
+from llama.text.tokenizer_json import tokenizer_json
 from llama.tokenizer import Tokenizer
-from llama.tokenizer_json import tokenizer_json
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -14,8 +14,8 @@ from test_model import transformers_twin
 
 from llama import ChatFormat, Llama, ModelArgs, Tokenizer, __main__
 from llama.checkpoint import convert, open_checkpoint, random_checkpoint, write_meta
-from llama.checkpoint.params import complete
-from llama.llama2 import (
+from llama.checkpoint.meta.params import complete
+from llama.text.llama2 import (
     REFUSAL,
     TAGS,
     Llama2ChatFormat,
@@ -24,7 +24,7 @@ from llama.llama2 import (
     chat_format,
     open_tokenizer,
 )
-from llama.streaming import join_pieces
+from llama.text.streaming import join_pieces
 from llama.tokenizer import IncrementalDecoder
 
 sentencepiece = pytest.importorskip("sentencepiece")

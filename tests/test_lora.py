@@ -12,16 +12,16 @@ from transformers import LlamaForCausalLM
 from llama import Llama
 from llama.checkpoint import (
     convert,
-    load,
     merge_adapter,
     open_checkpoint,
     random_checkpoint,
     write_hf,
     write_meta,
 )
-from llama.checkpoint.hf import hf_name
-from llama.checkpoint.lora import Merged
-from llama.checkpoint.names import local_slice
+from llama.checkpoint.hf.adapter import Merged
+from llama.checkpoint.hf.read import hf_name
+from llama.loading import load
+from llama.names import local_slice
 from llama.parallel import ONE, Ranks
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -70,8 +70,8 @@ def test_logits_equal_those_of_the_sum(folders, base, changes, scale):
 
 @pytest.mark.parametrize("base", ["meta", "hf", "meta in shards"])
 def test_every_range_and_every_rank_gets_the_same_sums(folders, base, monkeypatch):
-    monkeypatch.setattr("llama.checkpoint.lora._TILE", 24)
-    monkeypatch.setattr("llama.checkpoint.lora._BLOCK", 640)
+    monkeypatch.setattr("llama.checkpoint.hf.adapter._TILE", 24)
+    monkeypatch.setattr("llama.checkpoint.hf.adapter._BLOCK", 640)
     args = tiny_args(**ARGS)
     write_adapter(folders / "adapter", args, MODULES)
     if base == "meta in shards":

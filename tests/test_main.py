@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import BYTES_VOCAB, tiny_args
 
-from llama import __main__, inspection
+from llama import __main__
 from llama.checkpoint import random_checkpoint, write_meta
+from llama.commands import info as inspection
 from llama.model import ModelArgs
 
 ODD = ("1,2", "None", "{a: b}", '"x"', "[1]", "1e3", "True", "a b", "0x10")

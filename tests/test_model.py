@@ -11,9 +11,9 @@ from conftest import tiny_args, unit_scale
 
 from llama import parallel
 from llama.cache import Batch
+from llama.loading.settings import check_vocabulary, with_limits
 from llama.model import ModelArgs, RMSNorm, RopeScaling, Transformer, rope_frequencies
 from llama.parallel import float32_product
-from llama.settings import check_vocabulary, with_limits
 
 SHAPES = {
     "llama3": {},

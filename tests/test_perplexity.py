@@ -9,8 +9,8 @@ import torch
 
 from llama import Llama
 from llama.cache import Batch
-from llama.demo.corpus import held_out_text
-from llama.perplexity import Score, check_window, score, windows
+from llama.commands.perplexity import Score, check_window, score, windows
+from llama.demo.world.corpus import held_out_text
 
 DEMO = Path(__file__).parent.parent / "llama" / "demo"
 

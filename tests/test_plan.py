@@ -18,26 +18,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llama import Llama, limits, sampling
-from llama.checkpoint import (
-    Format,
-    check,
-    check_memory,
-    free_memory,
-    host,
-    load,
-    make_plan,
-    open_checkpoint,
-    random_checkpoint,
-    write_meta,
-)
-from llama.checkpoint import plan as plan_module
+from llama import Llama, sampling
+from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
+from llama.commands import machine as limits
+from llama.commands.info import inspect
 from llama.engine import Engine
-from llama.inspection import inspect
+from llama.files.checklist import verify as find_problems
+from llama.loading import check, check_memory, free_memory, load, make_plan
+from llama.loading import memory as host
+from llama.loading import plan as plan_module
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ONE, Ranks
+from llama.quantization.packed import Format
 from llama.sampling import RowParams, SamplingParams, logprobs_of, sample
-from llama.verify import verify as find_problems
 
 GIB = 2**30
 EIGHT_B = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256,

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from llama import progress as module
-from llama.progress import progress
+from llama.terminal import progress as module
+from llama.terminal.progress import progress
 
 
 @contextmanager

@@ -17,8 +17,6 @@ from test_ranks import launch, same_answers
 
 from llama import Llama, parallel
 from llama.checkpoint import (
-    check,
-    make_plan,
     merge_adapter,
     open_checkpoint,
     random_checkpoint,
@@ -26,28 +24,27 @@ from llama.checkpoint import (
     write_gguf,
     write_hf,
     write_meta,
+    write_quantized,
 )
-from llama.checkpoint import load as load_plain
-from llama.checkpoint.packed import Format, Packed, join_nibbles
-from llama.checkpoint.quantized import FILE, PackedTensor
+from llama.checkpoint.quantized.read import FILE, PackedTensor
 from llama.checkpoint.source import LazyTensor
-from llama.comparison import Difference
+from llama.commands.compare import Difference
 from llama.demo.quantized import difference, held_out_rows
+from llama.loading import check, load, make_plan
+from llama.loading import load as load_plain
 from llama.model import ModelArgs
 from llama.parallel import ONE, OutputLinear, Ranks
 from llama.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
     check_ranks,
-    formats,
     formats_of,
     linear,
-    load,
     parse_recipe,
     quantize,
-    recipes_for,
-    write_quantized,
 )
+from llama.quantization import rounding as formats
+from llama.quantization.packed import Format, Packed, join_nibbles
 
 DEMO = Path(__file__).parent.parent / "llama" / "demo"
 FORMATS = [Format("int8"), Format("fp8"), Format("int4", 32), Format("int4", 64)]
@@ -476,10 +473,10 @@ def test_the_plan_counts_what_is_held_and_names_what_would_fit():
     plan = make_plan(args, dtype=torch.bfloat16, max_seq_len=2048)
     for free, says in ((12, "quantize='int8' would fit, at 8."), (7, "quantize='int4' would fit")):
         with pytest.raises(ValueError, match="not enough memory on cpu") as caught:
-            check(plan, free * 2**30, "cpu", recipes_for(args))
+            check(plan, free * 2**30, "cpu")
         assert says in str(caught.value)
     with pytest.raises(ValueError, match="not enough memory") as caught:
-        check(plan, 2 * 2**30, "cpu", recipes_for(args))
+        check(plan, 2 * 2**30, "cpu")
     assert "quantize" not in str(caught.value)
 
 
@@ -569,7 +566,7 @@ def test_an_adapter_is_added_before_its_matrix_is_packed_again(folder, tmp_path)
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     checkpoint = checkpoint_of()
-    monkeypatch.setattr("llama.quantization.folder.write_checklist", lambda *_: 1 / 0)
+    monkeypatch.setattr("llama.checkpoint.quantized.write.write_checklist", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_quantized(checkpoint, tmp_path / "packed", "int8")
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
 from ranks_worker import answers, build, held
 
 from llama.checkpoint import random_checkpoint, write_meta
-from llama.checkpoint.names import local_shape, shapes
+from llama.names import local_shape, shapes
 
 WORKER = str(Path(__file__).parent / "ranks_worker.py")
 SHARDS = (1, 2, 4, 8)

@@ -8,11 +8,11 @@ import tracemalloc
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from llama.conversation import Conversation
-from llama.sandbox import BoundedTemplate
-from llama.templates import LLAMA3_TEMPLATE, NoFormat, TemplateFormat, choose_format
+from llama.text.conversation import Conversation
+from llama.text.sandbox import BoundedTemplate
+from llama.text.templates import LLAMA3_TEMPLATE, NoFormat, TemplateFormat, choose_format
+from llama.text.tokenizer_json import tokenizer_json
 from llama.tokenizer import ChatFormat, Tokenizer
-from llama.tokenizer_json import tokenizer_json
 
 LLAMA3_NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
                 "<|eom_id|>", "<|eot_id|>"]  # fmt: skip

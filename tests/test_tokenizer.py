@@ -627,7 +627,7 @@ socket.socket = socket.create_connection = socket.getaddrinfo = refuse
 sys.modules["torch"] = None
 package = sys.modules["llama"] = types.ModuleType("llama")
 package.__path__ = [sys.argv[1]]  # its rooms without its __init__
-from llama.llama2 import open_tokenizer
+from llama.text.llama2 import open_tokenizer
 open_tokenizer(sys.argv[2]).encode("hello", bos=True, eos=False)
 """
     result = subprocess.run(

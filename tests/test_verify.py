@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from llama import verify as module
-from llama.verify import verify
+from llama.files import checklist as module
+from llama.files.checklist import verify
 
 FILES = {
     "consolidated.00.pth": b"first shard" * 999,
@@ -203,7 +203,11 @@ def test_reads_in_blocks(folder, monkeypatch):
 def test_nothing_is_written(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     done = subprocess.run(
-        [sys.executable, "-c", f"from llama.verify import verify; verify({str(folder)!r})"],
+        [
+            sys.executable,
+            "-c",
+            f"from llama.files.checklist import verify; verify({str(folder)!r})",
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -218,5 +222,5 @@ def test_it_knows_no_torch():
              for alias in node.names}  # fmt: skip
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name for name in names if name.split(".")[0] not in sys.stdlib_module_names} == {
-        "llama.progress"
+        "llama.terminal.progress"
     }

@@ -3,12 +3,13 @@
 import torch
 from workload import Results, ragged_prompts, room, seconds, task
 
-from llama.checkpoint import load, random_checkpoint
+from llama.checkpoint import random_checkpoint
 from llama.engine import Engine
+from llama.loading import load
+from llama.loading.settings import CHUNK_ROWS, as_dtype
 from llama.model import ModelArgs
 from llama.parallel import ONE
 from llama.sampling import SamplingParams
-from llama.settings import CHUNK_ROWS, as_dtype
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import torch
 
-from llama.checkpoint.names import shapes
+from llama.args import ModelArgs
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part
-from llama.model import ModelArgs
+from llama.names import shapes
 
 _BLOCK = 2**24  # numbers that are drawn at a time, each such block of rows by its own generator
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.source import LazyTensor, Part, cast, rows_of
-from llama.strict_json import parse_object
+from llama.files.strict_json import parse_object
 
 _LARGEST_HEADER = 2**23  # bytes; the 405B has 200 kB
 _BLOCK = 2**26  # bytes that are copied at a time where they cannot be mapped

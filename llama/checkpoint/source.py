@@ -6,7 +6,7 @@ copies them to where they are to stay.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -15,16 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.checkpoint.names import local_shape, local_slice, shapes
-from llama.checkpoint.packed import Format
-from llama.checkpoint.params import SENTENCEPIECE
-from llama.llama2 import open_tokenizer
-from llama.model import ModelArgs
-from llama.parallel import Ranks
+from llama.args import ModelArgs
+from llama.checkpoint.families import family_of
+from llama.names import shapes
+from llama.quantization.packed import Format
+from llama.text.llama2 import open_tokenizer
 from llama.tokenizer import TextTokenizer, Version
 
 _BLOCK = 2**26  # bytes of a block of rows
-_LEFT = 2**24  # bytes of freed blocks that are not worth giving back
 
 
 class Part(NamedTuple):
@@ -90,27 +88,6 @@ def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
     return wanted.view(torch.uint8)
 
 
-# (dim, n_layers, whether each query head has its own keys) of those with SentencePiece's
-_OLD_SIZES = {
-    (4096, 32, True): "7B",
-    (5120, 40, True): "13B",
-    (6656, 60, True): "33B",
-    (8192, 48, False): "34B",
-    (8192, 80, True): "65B",
-    (8192, 80, False): "70B",
-}
-_OLD_FAMILIES = {2048: "Llama 1", 4096: "Llama 2", 16384: "Code Llama"}  # by context
-
-# (dim, n_layers) of the released models with Llama 3's vocabulary, without and with scaled rotary
-_FAMILIES = {
-    (4096, 32): ("Llama 3 8B", "Llama 3.1 8B"),
-    (8192, 80): ("Llama 3 70B", "Llama 3.1 or 3.3 70B"),
-    (16384, 126): (None, "Llama 3.1 405B"),
-    (2048, 16): (None, "Llama 3.2 1B"),
-    (3072, 28): (None, "Llama 3.2 3B"),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """The weights of one model, not yet read.
@@ -157,45 +134,4 @@ class Checkpoint:
     @property
     def family(self) -> str:
         """The released model that has this shape, a guess for people to read."""
-        args = self.args
-        plain, scaled = _FAMILIES.get((args.dim, args.n_layers), (None, None))
-        name = scaled if args.rope_scaling else plain
-        if args.vocab_size in SENTENCEPIECE:
-            size = _OLD_SIZES.get((args.dim, args.n_layers, args.n_kv_heads == args.n_heads))
-            family = _OLD_FAMILIES.get(args.context_length)
-            name = f"{family} {size}" if family and size else None
-        elif args.vocab_size != 128256:
-            name = None
-        return name or "a Llama of its own shape"
-
-
-def mapped_parts(
-    checkpoint: Checkpoint,
-    names: Sequence[str],
-    ranks: Ranks,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[Tensor] | None:
-    """This rank's parts as they lie in mapped files, or None where one of them has to be copied."""
-    views = []
-    for name in names:
-        source = checkpoint.tensors[name]
-        cut = local_slice(name, checkpoint.args, ranks.rank, ranks.size)
-        view = source.mapped(*(cut or ())) if device.type == "cpu" else None
-        shape = local_shape(name, checkpoint.args, ranks.size)
-        if view is None or view.dtype != dtype or view.shape != shape:
-            return None
-        views.append(view)
-    return views
-
-
-def make_room(device: torch.device) -> None:
-    """Before memory for weights is taken: on CUDA, give back what earlier temporaries left.
-
-    torch keeps freed blocks. It would cut the weight out of a larger one, whose rest then stays
-    taken as long as the weight does: up to half a GB for an 8B.
-    """
-    if device.type == "cuda":
-        left = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if left > _LEFT:
-            torch.cuda.empty_cache()
+        return family_of(self.args)

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 
-from llama.model import ModelArgs, RopeScaling
+from llama.args import ModelArgs, RopeScaling
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import importlib.util
 
 import torch
 
-from llama.model import ModelArgs
+from llama.args import ModelArgs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from llama.cache import Batch, KVCache
-from llama.checkpoint.packed import Packed
+from llama.cuda.attention.prefill import attend_runs, tile_table, tiling
 from llama.cuda.launch import compile_together, on_its_device
-from llama.cuda.prefill import attend_runs, tile_table, tiling
-from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
+from llama.cuda.norm_rope_gate import rms_norm, rotate_and_store, silu_multiply
+from llama.cuda.products.unpack import Unpacked
 from llama.cuda.tuning import largest_power_of_two
-from llama.cuda.unpack import Unpacked
 from llama.cuda.weights import Weight, pairs_of
 from llama.model import Transformer, TransformerBlock, attend_decode
 from llama.parallel import float32_product
 from llama.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from llama.quantization.packed import Packed
 
 # Attention of sequences that bring one token: q (R, H, E), k_layer and v_layer (P, T, K, E),
 # slots (R,) int64, lengths (R,) int64, and out (R, H, E), which it writes.

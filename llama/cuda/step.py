@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from llama.cache import KVCache
-from llama.cuda.attention import DecodeAttention
+from llama.cuda.attention.decode import DecodeAttention
 from llama.cuda.forward import Block, FlatForward
 from llama.cuda.launch import (
     INTERPRETED,
@@ -38,10 +38,10 @@ from llama.cuda.launch import (
     overlap,
     wait,
 )
-from llama.cuda.products import ADD, GATE, ROTATE, STORE, Products, Rotation
-from llama.cuda.rows import rms_norm, rotate_and_store, silu_multiply
-from llama.cuda.sampling import Sampler
-from llama.cuda.shifts import Shifts
+from llama.cuda.norm_rope_gate import rms_norm, rotate_and_store, silu_multiply
+from llama.cuda.products.dispatch import ADD, GATE, ROTATE, STORE, Products, Rotation
+from llama.cuda.sampling.full import Shifts
+from llama.cuda.sampling.lean import Sampler
 from llama.cuda.tuning import LEAST_WIDE, LONG, MOST_ROWS, power_of_two
 from llama.cuda.weights import Weight, kind_of, source, table_row
 from llama.model import Transformer

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.checkpoint.packed import Packed
+from llama.quantization.packed import Packed
 
 Weight = Tensor | Packed
 PLAIN, INT8, FP8, INT4 = (tl.constexpr(i) for i in range(4))

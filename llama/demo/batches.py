@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.demo.corpus import training_documents
+from llama.demo.world.corpus import training_documents
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
 
 LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 
 from llama.cache import Batch
 from llama.demo.batches import Encoder, rows
-from llama.demo.corpus import ALL_KINDS, Question, held_out, held_out_text, training_documents
+from llama.demo.world.corpus import ALL_KINDS, Question, held_out, held_out_text, training_documents
 from llama.generation import Llama
 from llama.model import Transformer
-from llama.progress import progress
+from llama.terminal.progress import progress
 from llama.tokenizer import Dialog, TextTokenizer, Tokenizer
 
 HERE = Path(__file__).parent

@@ -15,12 +15,12 @@ import fire
 import torch
 
 from llama.cache import Batch
-from llama.comparison import Difference, Row, decode_speed, table, weight_bytes
+from llama.commands.compare import Difference, Row, decode_speed, table, weight_bytes
+from llama.commands.perplexity import Score
 from llama.demo.batches import Encoder, Rows, rows
-from llama.demo.corpus import held_out_text
+from llama.demo.world.corpus import held_out_text
 from llama.generation import Llama
-from llama.perplexity import Score
-from llama.progress import progress
+from llama.terminal.progress import progress
 from llama.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import regex  # type: ignore[import-untyped]
 
-from llama.demo.corpus import training_documents
+from llama.demo.world.corpus import training_documents
 from llama.tokenizer import Tokenizer
 
 Pair = tuple[bytes, bytes]

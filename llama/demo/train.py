@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.args import ModelArgs
 from llama.cache import Batch
 from llama.demo.batches import Maker, Rows, stream
 from llama.demo.tokenizer_training import train_tokenizer
-from llama.model import ModelArgs, Transformer
+from llama.model import Transformer
 from llama.parallel import local_device
-from llama.progress import progress
+from llama.terminal.progress import progress
 from llama.tokenizer import Tokenizer
 
 RANKS = 1280

@@ -1,14 +1,10 @@
-"""int8, int4 and fp8 weights: made, run plainly, written and loaded.
+"""int8, int4 and fp8 weights: what their bytes mean, how numbers become them, layers that compute.
 
 Knows linear layers and tables, not the Transformer, and no GPU's kernels. The surprising thing: it
-reads no files. What packed bytes mean is checkpoint/packed.py's, as for any format on disk; here
-they are made, and put to work.
+reads and writes no files; a packed matrix is the same on disk, on a CPU and on a GPU.
 """
 
-from llama.quantization.folder import write_quantized
-from llama.quantization.formats import quantize
 from llama.quantization.linear import QuantizedEmbedding, QuantizedLinear
-from llama.quantization.placing import load
 from llama.quantization.recipe import (
     NAMES,
     Recipe,
@@ -18,6 +14,7 @@ from llama.quantization.recipe import (
     parse_recipe,
     recipes_for,
 )
+from llama.quantization.rounding import quantize
 
 __all__ = [
     "NAMES",
@@ -27,9 +24,7 @@ __all__ = [
     "check_ranks",
     "described",
     "formats_of",
-    "load",
     "parse_recipe",
     "quantize",
     "recipes_for",
-    "write_quantized",
 ]

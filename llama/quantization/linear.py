@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.checkpoint.packed import Packed
 from llama.parallel import (
     ColumnParallelOutput,
     OutputLinear,
@@ -23,6 +22,7 @@ from llama.parallel import (
     gathered,
     summed,
 )
+from llama.quantization.packed import Packed
 
 _BLOCK = {"cpu": 2**20}  # numbers unpacked at a time: a product reads them out of a core's cache
 _LARGE_BLOCK = 2**24

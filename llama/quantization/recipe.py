@@ -19,10 +19,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
-from llama.checkpoint.names import shapes
-from llama.checkpoint.packed import Format, local_format
-from llama.model import ModelArgs
-from llama.strict_json import parse_object
+from llama.args import ModelArgs
+from llama.files.strict_json import parse_object
+from llama.names import shapes
+from llama.quantization.packed import Format, local_format
 
 Recipe = str | Mapping[str, str]
 

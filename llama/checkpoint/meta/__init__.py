@@ -1,0 +1,1 @@
+"""Folders as Meta published them: params.json with consolidated.NN.pth, read and written."""

@@ -1,0 +1,1 @@
+"""Folders of weights that this library quantized: params.json with quantized.safetensors."""

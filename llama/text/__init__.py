@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizers of every kind, chat formats, streaming. No torch, no model."""
