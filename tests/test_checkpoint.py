@@ -287,7 +287,8 @@ def test_groups_name_every_tensor_once():
 
 MEASURE = """
 import sys, threading, torch
-from llama.checkpoint import load, open_checkpoint
+from llama.checkpoint import open_checkpoint
+from llama.loading import load
 from llama.parallel import Ranks
 
 def anonymous():

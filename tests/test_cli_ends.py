@@ -85,7 +85,7 @@ def test_a_reader_who_goes_away_is_a_status_without_words(unbuffered):
 
 def test_no_file_gets_the_number_of_a_stream_that_was_closed():
     program = (
-        "import sys\nfrom llama import cli\n"
+        "import sys\nfrom llama.terminal import arguments as cli\n"
         "def numbers() -> None:\n    sys.stderr.write(str(open('/dev/null').fileno() > 2))\n"
         "cli.run(numbers)\n"
     )

@@ -331,7 +331,7 @@ def test_reshard_holds_a_tensor_at_a_time(tmp_path):
         "import re, sys\n"
         "from pathlib import Path\n"
         "from llama import __main__\n"
-        "from llama.checkpoint import pth\n"
+        "from llama.checkpoint.meta import pth_write as pth\n"
         "def anonymous():\n"
         "    status = Path('/proc/self/status').read_text()\n"
         "    return int(re.search(r'RssAnon:\\s+(\\d+)', status)[1]) << 10\n"

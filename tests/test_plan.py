@@ -153,7 +153,7 @@ def test_the_check_of_a_run_knows_its_kernels_and_its_gpu(tmp_path, monkeypatch)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         for kernels in (True, False):
             device = torch.device("cuda:1")
-            plan = check_memory(checkpoint, ONE, device, torch.float16, 16, kernels=kernels)
+            plan = check_memory(checkpoint, ONE, device, torch.float16, chunk=16, kernels=kernels)
             seen.append((plan.kernels, plan.flash))
     assert seen == [(False, False), (False, False), (True, True), (False, True)]
 
@@ -255,15 +255,17 @@ def test_the_check_of_a_run_knows_its_limits_and_its_files(tmp_path, monkeypatch
     args = dataclasses.replace(checkpoint.args, max_batch_size=2, max_seq_len=50)
     checkpoint = dataclasses.replace(checkpoint, args=args)
     device = torch.device("cpu")
-    plan = check_memory(checkpoint, ONE, device, torch.bfloat16, 16)
+    plan = check_memory(checkpoint, ONE, device, torch.bfloat16, chunk=16)
     assert (plan.mapped, plan.max_batch_size, plan.max_seq_len) == (True, 2, 50)
     assert plan.rows == 16
-    assert not check_memory(checkpoint, ONE, device, torch.float32, 16).mapped
-    assert not check_memory(checkpoint, Ranks(rank=0, size=2), device, torch.bfloat16, 16).mapped
-    monkeypatch.setattr(plan_module, "_system_memory", lambda: 2 * plan.needed)
-    check_memory(checkpoint, ONE, device, torch.bfloat16, 16)
+    assert not check_memory(checkpoint, ONE, device, torch.float32, chunk=16).mapped
+    assert not check_memory(
+        checkpoint, Ranks(rank=0, size=2), device, torch.bfloat16, chunk=16
+    ).mapped
+    monkeypatch.setattr(host, "_system_memory", lambda: 2 * plan.needed)
+    check_memory(checkpoint, ONE, device, torch.bfloat16, chunk=16)
     with pytest.raises(ValueError, match="not enough memory"):
-        check_memory(checkpoint, Ranks(rank=0, size=4), device, torch.float32, 16)
+        check_memory(checkpoint, Ranks(rank=0, size=4), device, torch.float32, chunk=16)
 
 
 @pytest.mark.parametrize(
@@ -278,18 +280,18 @@ def test_impossible_plans_are_refused(wrong, message):
 
 def test_free_memory_is_shared_and_bounded_by_control_groups(tmp_path, monkeypatch):
     assert 0 < free_memory("cpu") < 2**50
-    monkeypatch.setattr(plan_module, "_system_memory", lambda: 8 * GIB)
-    monkeypatch.setattr(plan_module, "_cgroup_memory", lambda: 4 * GIB)
+    monkeypatch.setattr(host, "_system_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(host, "_cgroup_memory", lambda: 4 * GIB)
     assert free_memory("cpu") == 4 * GIB
     assert free_memory("cpu", sharing=4) == GIB
     names = ("memory.max", "memory.current", "inactive_file")
-    assert plan_module._cgroup_left(tmp_path, *names) == 2**62
+    assert host._cgroup_left(tmp_path, *names) == 2**62
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert plan_module._cgroup_left(tmp_path, *names) == 2**62
+    assert host._cgroup_left(tmp_path, *names) == 2**62
     (tmp_path / "memory.max").write_text("1000\n")
-    assert plan_module._cgroup_left(tmp_path, *names) == 500
+    assert host._cgroup_left(tmp_path, *names) == 500
 
 
 def without_linux(monkeypatch):
@@ -311,7 +313,7 @@ def without_linux(monkeypatch):
 def test_without_sysconf_and_proc_everything_fits_and_runs(monkeypatch):
     demo = Path(plan_module.__file__).parents[1] / "demo"
     without_linux(monkeypatch)
-    assert plan_module.free_memory("cpu") == host.UNKNOWN
+    assert host.free_memory("cpu") == host.UNKNOWN
     llama = Llama.build(demo, device="cpu", max_seq_len=64)
     assert llama.text_completion(["The"], 0, max_gen_len=2)[0]["generation"]
     assert (limits.process_age(), limits.memory_in_use(torch.device("cpu"))) == (None, None)
@@ -331,7 +333,7 @@ def test_windows_is_asked_for_what_is_available(monkeypatch):
 
     windll = types.SimpleNamespace(kernel32=Kernel)
     monkeypatch.setattr(host.ctypes, "windll", windll, raising=False)
-    assert plan_module.free_memory("cpu", 3) == GIB
+    assert host.free_memory("cpu", 3) == GIB
 
 
 def test_a_system_that_says_only_how_much_there_is(monkeypatch):
@@ -339,7 +341,7 @@ def test_a_system_that_says_only_how_much_there_is(monkeypatch):
     monkeypatch.setattr(os, "sysconf_names", {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 2}, raising=False)
     sizes = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__, raising=False)
-    assert plan_module.free_memory("cpu") == 4096000
+    assert host.free_memory("cpu") == 4096000
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ from llama.checkpoint.source import LazyTensor
 from llama.commands.compare import Difference
 from llama.demo.quantized import difference, held_out_rows
 from llama.loading import check, load, make_plan
-from llama.loading import load as load_plain
 from llama.model import ModelArgs
 from llama.parallel import ONE, OutputLinear, Ranks
 from llama.quantization import (
@@ -366,7 +365,7 @@ def test_a_quantized_model_is_the_plain_one_with_the_unpacked_weights(recipe, ti
     if tied and recipe is FINE:
         recipe = {part: format for part, format in FINE.items() if part != "embedding"}
     checkpoint = checkpoint_of(tied=tied)
-    fast, plain = load_by(checkpoint, recipe), load_plain(checkpoint, ranks=ONE, device="cpu")
+    fast, plain = load_by(checkpoint, recipe), load(checkpoint, ranks=ONE, device="cpu", formats={})
     numbers = unpacked(fast)
     changed = 0
     for name, parameter in plain.named_parameters():
@@ -530,7 +529,7 @@ def test_written_and_loaded_back_it_is_the_same_to_the_last_bit(tmp_path, recipe
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]
     again = write_quantized(opened, tmp_path / "again", recipe)
     assert (again / FILE).read_bytes() == (tmp_path / "packed" / FILE).read_bytes()
-    plain = load_plain(opened, ranks=ONE, device="cpu")
+    plain = load(opened, ranks=ONE, device="cpu", formats={})
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter, unpacked(expected)[name])
 
@@ -681,7 +680,7 @@ def plainly(monkeypatch):
 def test_the_search_costs_a_tenth_less_than_plain_rounding_on_random_models(seed, monkeypatch):
     args = tiny_args(dim=256, hidden_dim=512, n_layers=3, vocab_size=500, max_seq_len=128)
     checkpoint = random_checkpoint(args, seed=seed, dtype=torch.float32)
-    other = load_plain(checkpoint, ranks=ONE, device="cpu")
+    other = load(checkpoint, ranks=ONE, device="cpu", formats={})
     tokens = torch.randint(500, (4, 128), generator=torch.Generator().manual_seed(seed))
     searched = divergence(load_by(checkpoint, "int4"), other, tokens)
     plainly(monkeypatch)

@@ -282,7 +282,7 @@ def measure(
         raise ValueError("bench measures a single process: start it without torchrun")
     prepared = prepare(
         checkpoint,
-        max_seq_len=room,
+        max_seq_len=min(room, checkpoint.args.context_length),
         device=device,
         dtype=dtype,
         quantize=quantize,
