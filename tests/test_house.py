@@ -8,9 +8,9 @@ import subprocess
 import sys
 from dataclasses import fields
 from graphlib import TopologicalSorter
-from pathlib import Path
 from unittest import mock
 
+import house
 import pytest
 import torch
 from conftest import BYTES_VOCAB, tiny_args, write_adapter, write_tokenizer
@@ -20,76 +20,40 @@ from llama import Llama, SamplingParams
 from llama.checkpoint import random_checkpoint, write_meta
 from llama.engine import Engine
 
-ROOT = Path(__file__).parent.parent
-SOURCES = {
-    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
-    for file in sorted((ROOT / "llama").rglob("*.py"))
-}
+SOURCES = house.sources()
 TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOURCES.items()}
 
 # Rooms from the ground up. A room imports from lower floors only, or from itself.
 FLOORS = (
-    {"arguments", "meeting"},
-    {"cache", "parallel", "sampling", "ranks", "progress", "cli", "strict_json", "terminal"}
-    | {"added", "dialog"},
-    {"model", "tokenizer", "verify", "sandbox"},
-    {"streaming", "byte_level", "pieces", "settings"},
-    {"metaspace"},
-    {"tokenizer_folder"},
-    {"tokenizer_json", "llama2"},
-    {"templates"},
-    {"conversation"},
-    {"checkpoint"},
+    {"terminal", "meeting"},
+    {"cache", "parallel", "sampling", "files", "args"},
+    {"model", "tokenizer"},
+    {"names", "text", "engine"},
     {"quantization"},
-    {"cuda"},
-    {"engine", "limits"},
+    {"checkpoint", "cpu", "cuda"},  # side by side: none knows another
+    {"loading"},
     {"generation"},
-    {""},  # llama/__init__.py
-    {"chat", "perplexity", "bench", "inspection"},
-    {"comparison"},
-    {"__main__", "server", "demo"},
+    {"server", ""},  # "" is llama/__init__.py
+    {"commands"},
+    {"__main__", "demo"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ONLY = {
-    "model": {"cache", "parallel"},
-    "streaming": {"tokenizer"},
-    "conversation": {"dialog", "tokenizer", "templates"},
-    "verify": {"progress"},
-    "sandbox": set(),
+ONLY = {  # of our own rooms
+    "args": set(),
+    "cache": set(),
+    "sampling": set(),
+    "model": {"args", "cache", "parallel"},
+    "files": {"terminal"},
+    "engine": {"model", "cache", "sampling"},
+    "generation": {"args", "engine", "loading", "model", "sampling", "text", "tokenizer"},
+    "__main__": {"commands", "terminal"},
 }
-NO_TORCH = {
-    "ranks", "tokenizer", "llama2", "streaming", "progress", "verify", "cli", "terminal",
-    "conversation", "strict_json", "tokenizer_json", "sandbox", "templates", "added", "dialog",
-    "byte_level", "pieces", "metaspace", "tokenizer_folder",
-    "arguments",
-}  # fmt: skip
+LAZY = {"loading", "commands"}  # may reach for llama.cuda inside a function
+NO_TORCH = ("llama.tokenizer", "llama.text", "llama.files", "llama.terminal", "llama.__main__",
+            "llama.engine.engine", "llama.engine.request", "llama.commands.download")  # fmt: skip
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along
-PROGRAMS = ("llama.__main__", "llama.demo")  # what people run: may print
-
-
-def room_of(module):
-    return [*module.split("."), ""][1]
-
-
-def imports(tree):
-    """(module, the import stands in a function) of every import; `from a import b` gives a.b where
-    that is a module of ours."""
-    inside = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for node in ast.walk(function)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, id(node) in inside
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"relative import in line {node.lineno}"
-            for alias in node.names:
-                deeper = f"{node.module}.{alias.name}"
-                yield deeper if deeper in SOURCES else node.module, id(node) in inside
+PROGRAMS = ("llama.__main__", "llama.commands", "llama.demo")  # what people run: may print
 
 
 def strings(tree):
@@ -104,17 +68,21 @@ def strings(tree):
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_go_down(module):
-    room = room_of(module)
-    for target, _ in imports(TREES[module]):
-        if target.split(".")[0] == "llama" and room_of(target) != room:
-            below = FLOOR_OF[room_of(target)] < FLOOR_OF[room]
+    room = house.room_of(module)
+    for target, _ in house.imports(TREES[module], SOURCES):
+        if target.split(".")[0] == "llama" and house.room_of(target) != room:
+            below = FLOOR_OF[house.room_of(target)] < FLOOR_OF[room]
             assert below, f"{module} imports {target}, which is not below it"
-            assert room_of(target) in ONLY.get(room, {room_of(target)}), (module, target)
+            assert house.room_of(target) in ONLY.get(room, {house.room_of(target)}), (
+                module,
+                target,
+            )
 
 
 def test_imports_make_no_cycle():
     graph = {
-        module: {target for target, _ in imports(tree) if target in SOURCES} - {module}
+        module: {target for target, _ in house.imports(tree, SOURCES) if target in SOURCES}
+        - {module}
         for module, tree in TREES.items()
     }
     list(TopologicalSorter(graph).static_order())
@@ -122,22 +90,22 @@ def test_imports_make_no_cycle():
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_stand_at_the_top_and_are_of_required_packages(module):
-    for target, inside in imports(TREES[module]):
+    for target, inside in house.imports(TREES[module], SOURCES):
         top = target.split(".")[0]
         if top in sys.stdlib_module_names or top == "llama" or top in REQUIRED | WITH_THEM:
-            lazy_room = room_of(module) in ("engine", "limits") and target.startswith("llama.cuda")
+            lazy_room = house.room_of(module) in LAZY and target.startswith("llama.cuda")
             assert not inside or lazy_room, f"{module} imports {target} inside a function"
-        elif not (top == "triton" and room_of(module) == "cuda"):
+        elif not (top == "triton" and house.room_of(module) == "cuda"):
             assert inside, f"{module} imports {target}, which is not required, at its top"
         if top == "fairscale":
             assert module == "llama.parallel"
         if top == "torch":
-            assert room_of(module) not in NO_TORCH
+            assert not module.startswith(NO_TORCH)
 
 
 def test_the_model_page_imports_torch_cache_and_parallel_only():
     allowed = {"torch", "llama.cache", "llama.parallel"}
-    for target, _ in imports(TREES["llama.model"]):
+    for target, _ in house.imports(TREES["llama.model"], SOURCES):
         top = target.split(".")[0]
         assert top in sys.stdlib_module_names or top in allowed or target in allowed, target
 
@@ -156,7 +124,7 @@ def test_only_parallel_reads_the_environment(module):
 @pytest.mark.parametrize("module", sorted(set(SOURCES) - {"llama.parallel"}))
 def test_no_device_is_written_into_the_code(module):
     """`device.type == "cuda"` asks, and is allowed; anything else would run on NVIDIA only."""
-    if room_of(module) in ("cuda", "inspection"):  # which adds up what a GPU would need
+    if house.room_of(module) in ("cuda", "inspection"):  # which adds up what a GPU would need
         return
     for value, around in strings(TREES[module]):
         asks = isinstance(around, ast.Compare) and ast.unparse(around.left).endswith(
@@ -190,7 +158,7 @@ def test_scripts_for_metas_repository_find_their_imports():
 
 # ---- the README
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (house.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def rows(heading):
@@ -200,12 +168,12 @@ def rows(heading):
 
 
 def test_the_map_names_every_file_in_an_order_to_read_them():
-    modules = {str(file.relative_to(ROOT)): module for module, file in SOURCES.items()}
+    modules = {str(file.relative_to(house.ROOT)): module for module, file in SOURCES.items()}
     files = [row for row in rows("The files") if row.startswith("llama/")]
     assert sorted(files) == sorted(modules)
     named = [modules[file] for file in files]
     for at, module in enumerate(named):
-        above = {target for target, _ in imports(TREES[module]) if target in SOURCES}
+        above = {target for target, _ in house.imports(TREES[module], SOURCES) if target in SOURCES}
         assert above <= {*named[:at], module}, module
 
 
@@ -227,7 +195,7 @@ def test_the_messages_of_the_readme_are_those_of_the_code():
 
 def test_the_numbers_of_the_readme_are_of_the_weights_in_the_box():
     """Other weights: run the evaluation again, and put its table and this sum into the README."""
-    weights = (ROOT / "llama" / "demo" / "consolidated.00.pth").read_bytes()
+    weights = (house.ROOT / "llama" / "demo" / "consolidated.00.pth").read_bytes()
     assert f"`{hashlib.sha256(weights).hexdigest()}`" in README
 
 
@@ -300,7 +268,7 @@ def test_it_runs_with_an_empty_environment_twice_at_once_and_changes_nothing_glo
     write_tokenizer(tmp_path / "tokenizer.model")
     command = [sys.executable, "-c", SESSION, str(tmp_path)]
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    both = [subprocess.Popen(command, env={}, cwd=ROOT, text=True, **pipes) for _ in range(2)]
+    both = [subprocess.Popen(command, env={}, cwd=house.ROOT, text=True, **pipes) for _ in range(2)]
     for process in both:
         out, error = process.communicate(timeout=120)
         assert (process.returncode, out) == (0, "done\n"), error
