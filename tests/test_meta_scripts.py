@@ -20,7 +20,7 @@ DEMO = ROOT / "llama" / "demo"
 CHAT = "605af05afe636e886e709b408e030e873f1cd6a6fe7ac0b36108f540bb9d335e"  # sha256
 TEXT = "c9356f5fe7bfcff196f731901dfc490fb26aaebf1af3ea577d28da34f70b1b5d"
 SCRIPTS = {  # and how many answers each prints
-    "example_chat_completion.py": (CHAT, 6),
+    "example_chat_completion.py": (CHAT, 4),
     "example_text_completion.py": (TEXT, 4),
 }
 
