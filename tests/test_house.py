@@ -49,7 +49,8 @@ ONLY = {  # of our own rooms
     "__main__": {"commands", "terminal"},
 }
 LAZY = {"loading", "commands"}  # may reach for llama.cuda inside a function
-NO_TORCH = ("llama.args", "llama.sampling_params", "llama.tokenizer", "llama.text", "llama.files", "llama.terminal", "llama.__main__",
+NO_TORCH = ("llama.args", "llama.sampling_params", "llama.tokenizer", "llama.text", "llama.files", "llama.terminal",
+            "llama.__main__",
             "llama.engine.engine", "llama.engine.request", "llama.commands.download")  # fmt: skip
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along
