@@ -49,9 +49,11 @@ ONLY = {  # of our own rooms
     "__main__": {"commands", "terminal"},
 }
 LAZY = {"loading", "commands"}  # may reach for llama.cuda inside a function
-NO_TORCH = ("llama.args", "llama.sampling_params", "llama.tokenizer", "llama.text", "llama.files", "llama.terminal",
-            "llama.__main__",
-            "llama.engine.engine", "llama.engine.request", "llama.commands.download")  # fmt: skip
+NO_TORCH = (
+    *("llama.args", "llama.sampling_params", "llama.tokenizer", "llama.text", "llama.files"),
+    *("llama.terminal", "llama.__main__", "llama.engine.engine", "llama.engine.request"),
+    "llama.commands.download",
+)
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along
 PROGRAMS = ("llama.__main__", "llama.commands", "llama.demo")  # what people run: may print
