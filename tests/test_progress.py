@@ -5,6 +5,7 @@ import os
 import pty
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,9 +81,26 @@ def test_redrawing_is_rare_and_the_end_is_always_drawn(monkeypatch, without_tqdm
     assert "100 %" in text
 
 
+def test_a_long_job_says_its_speed_and_what_is_left_of_it(monkeypatch, without_tqdm):
+    """What an earlier run has done counts for the amount, and not for the speed."""
+    now = iter([0.0, 0.0, 2.0, 2.0, 10.0, 10.0, 20.0])
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with terminal(monkeypatch) as seen:
+        with progress("loading", 10_000_000_000, unit="B", done=4_000_000_000) as advance:
+            for _ in range(2):
+                advance(100_000_000)
+        lines = [line.rstrip() for line in seen().strip().split("\r")]
+    assert lines == [
+        "loading: 40 %, 4.0 GB of 10.0 GB, 0 s",
+        "loading: 41 %, 4.1 GB of 10.0 GB, 2 s",
+        "loading: 42 %, 4.2 GB of 10.0 GB, 10 s, 20.0 MB/s, about 5 min left",
+        "loading: 42 %, 4.2 GB of 10.0 GB, 20 s, 10.0 MB/s, about 10 min left",
+    ]
+
+
 def test_a_shorter_line_leaves_nothing_of_a_longer_one(monkeypatch, without_tqdm):
     monkeypatch.setattr(module, "_REDRAW_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_amount", lambda n, unit: "m" * (30 - n))
+    monkeypatch.setattr(module, "amount_of", lambda n, unit: "m" * (30 - n))
     with terminal(monkeypatch) as seen:
         with progress("x") as advance:
             advance(20)
@@ -160,4 +178,4 @@ def test_what_is_no_terminal_gets_nothing(monkeypatch, capfd, plain):
     ],
 )
 def test_amounts_read_well(n, unit, text):
-    assert module._amount(n, unit) == text
+    assert module.amount_of(n, unit) == text

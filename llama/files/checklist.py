@@ -1,16 +1,19 @@
 """Whether the files of a model are what its checklist says: MD5 or SHA-256, files side by side.
 
 Knows checklists in md5sum's format, as they come with Meta's weights; refuses to know what a
-checkpoint is: nothing here opens a tensor or imports torch. The surprising thing: a weight file
-that no checklist lists is a problem too, as the loader would read it; a LICENSE is not.
+checkpoint is: nothing here opens a tensor or imports torch. It runs on Python 3.9, for downloads
+before anything is installed. The surprising thing: a weight file that no checklist lists is a
+problem too, as the loader would read it; a LICENSE is not.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from threading import Event, Lock
 
@@ -22,13 +25,14 @@ _ALGORITHMS = {32: "md5", 64: "sha256"}  # by hexadecimal digits
 
 
 @dataclass(frozen=True)
-class _Listed:
+class Listed:
     """A line of a checklist."""
 
     name: str
     digest: str
     algorithm: str
     checklist: str
+    line: int
 
 
 def verify(ckpt_dir: str | Path) -> list[str]:
@@ -40,9 +44,9 @@ def verify(ckpt_dir: str | Path) -> list[str]:
     itself is wrong: not in md5sum's format, contradictory, or naming a file outside the folder.
     """
     folder = _find_folder(Path(ckpt_dir))
-    listed: dict[str, _Listed] = {}
+    listed: dict[str, Listed] = {}
     for path in sorted(folder.glob("*checklist.chk")):  # Llama 2 has one for the tokenizer too
-        for entry in _read_checklist(path):
+        for entry in _within_folder(path):
             other = listed.setdefault(entry.name, entry)
             if other.digest != entry.digest:
                 raise ValueError(
@@ -82,7 +86,11 @@ def _find_folder(path: Path) -> Path:
     )
 
 
-def _read_checklist(path: Path) -> list[_Listed]:
+def read_checklist(path: Path) -> list[Listed]:
+    """The lines of a checklist; ValueError where it is empty or not in md5sum's format.
+
+    Names are as they stand there, and may be paths.
+    """
     text = path.read_bytes().decode("utf-8-sig", errors="replace")
     entries = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -95,22 +103,45 @@ def _read_checklist(path: Path) -> list[_Listed]:
                 f"{path}, line {number}, is not 'checksum  file' with an MD5 or SHA-256: "
                 f"{line.strip()[:60]!r}; download the checklist again"
             )
-        name = PurePosixPath(match["name"])
-        if name.is_absolute() or ".." in name.parts or "\\" in match["name"] or not name.parts:
-            raise ValueError(
-                f"{path}, line {number}, names {match['name']!r}, which is not in its folder; a "
-                "checklist lists files beside it only"
-            )
-        entries.append(_Listed(str(name), match["digest"].lower(), algorithm, path.name))
+        entries.append(Listed(match["name"], match["digest"].lower(), algorithm, path.name, number))
     if not entries:
         raise ValueError(f"{path} is empty; download the checklist again")
     return entries
 
 
-def _compare(folder: Path, listed: list[_Listed]) -> dict[str, str]:
+def _within_folder(path: Path) -> Iterator[Listed]:
+    """The lines of a checklist; ValueError where one names a file that is not in its folder."""
+    for entry in read_checklist(path):
+        name = PurePosixPath(entry.name)
+        if name.is_absolute() or ".." in name.parts or "\\" in entry.name or not name.parts:
+            raise ValueError(
+                f"{path}, line {entry.line}, names {entry.name!r}, which is not in its folder; a "
+                "checklist lists files beside it only"
+            )
+        yield replace(entry, name=str(name))
+
+
+def file_digest(path: Path, algorithm: str, count: Advance, stop: Event) -> str | None:
+    """The MD5 or SHA-256 of a file in hexadecimal digits; None where `stop` was set meanwhile.
+
+    `count` is told the bytes as they are read. Hashing releases the interpreter's lock, so several
+    threads do it at one time.
+    """
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    block = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(block):
+            if stop.is_set():
+                return None
+            digest.update(block[:n])
+            count(n)
+    return digest.hexdigest()
+
+
+def _compare(folder: Path, listed: list[Listed]) -> dict[str, str]:
     """A sentence for each listed file that is not as it should be, by its name."""
     problems: dict[str, str] = {}
-    sizes: dict[_Listed, int] = {}
+    sizes: dict[Listed, int] = {}
     for entry in listed:
         path = folder / entry.name
         if path.is_file():
@@ -129,32 +160,27 @@ def _compare(folder: Path, listed: list[_Listed]) -> dict[str, str]:
             with lock:
                 advance(n)
 
-        def check(entry: _Listed) -> str | None:
-            return _check_file(folder / entry.name, entry, count, stop)
+        def check(entry: Listed) -> tuple[str, str | None]:
+            return entry.name, _check_file(folder / entry.name, entry, count, stop)
 
         with ThreadPoolExecutor(max_workers=workers) as pool:
             try:
-                found = zip(largest_first, pool.map(check, largest_first), strict=True)
-                problems |= {entry.name: problem for entry, problem in found if problem}
+                for name, problem in pool.map(check, largest_first):
+                    if problem is not None:
+                        problems[name] = problem
             finally:
                 stop.set()  # on Ctrl-C the others end at their next block
     return problems
 
 
-def _check_file(path: Path, entry: _Listed, count: Advance, stop: Event) -> str | None:
-    # hashing releases the interpreter; what a file needs next is read ahead meanwhile
-    digest = hashlib.new(entry.algorithm, usedforsecurity=False)
-    block = memoryview(bytearray(_BLOCK))
+def _check_file(path: Path, entry: Listed, count: Advance, stop: Event) -> str | None:
     try:
-        with path.open("rb", buffering=0) as file:
-            while not stop.is_set() and (n := file.readinto(block)):
-                digest.update(block[:n])
-                count(n)
+        digest = file_digest(path, entry.algorithm, count, stop)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    if digest.hexdigest() == entry.digest:
+    if digest in (None, entry.digest):
         return None
     return (
-        f"{path} does not match: its {entry.algorithm.upper()} is {digest.hexdigest()}, "
+        f"{path} does not match: its {entry.algorithm.upper()} is {digest}, "
         f"{entry.checklist} says {entry.digest}; download it again"
     )

@@ -1,9 +1,12 @@
 """Progress of a long job on a terminal: tqdm where installed, else a line that redraws itself.
 
 Knows stderr and how to count; refuses to know what is counted and which rank it is on (`enabled`).
+It runs on Python 3.9, for downloads before anything is installed.
 
 The surprising thing: where stderr is not a terminal nothing at all is written, so logs stay clean.
 """
+
+from __future__ import annotations
 
 import os
 import sys
@@ -15,16 +18,23 @@ from typing import TextIO
 Advance = Callable[[int], object]
 
 _REDRAW_SECONDS = 0.1
+_LONG_SECONDS = 5.0  # from here on the speed tells how long it will take
 
 
 @contextmanager
 def progress(
-    desc: str, total: int | None = None, *, unit: str = "it", enabled: bool = True
+    desc: str,
+    total: int | None = None,
+    *,
+    unit: str = "it",
+    done: int = 0,
+    enabled: bool = True,
 ) -> Iterator[Advance]:
     """Count up to `total` (None where it is not known): the value is a function, advance(n).
 
-    unit "B" shows bytes in kB, MB, GB (powers of 1000); any other is shown as it is. With
-    enabled=False (other ranks, a caller who wants quiet) or without a terminal nothing is written.
+    unit "B" shows bytes in kB, MB, GB (powers of 1000); any other is shown as it is. `done` is what
+    an earlier run has left: it counts for the amount, and not for the speed. With enabled=False
+    (other ranks, a caller who wants quiet) or without a terminal nothing is written.
     """
     stream = sys.stderr
     if not enabled or stream is None or not stream.isatty():
@@ -33,7 +43,7 @@ def progress(
     try:
         from tqdm import tqdm
     except ImportError:
-        line = _Line(stream, desc, total, unit)
+        line = _Line(stream, desc, total, unit, done)
         try:
             yield line.advance
         finally:
@@ -43,6 +53,7 @@ def progress(
         with tqdm(
             desc=desc,
             total=total,
+            initial=done,
             unit=unit,
             unit_scale=unit == "B",
             file=stream,
@@ -53,11 +64,16 @@ def progress(
 
 
 class _Line:
-    """`loading: 45 %, 1.2 GB of 2.6 GB, 3 s`, redrawn in place and left as it is at the end."""
+    """`loading: 45 %, 1.2 GB of 2.6 GB, 3 s`, redrawn in place and left as it is at the end.
 
-    def __init__(self, stream: TextIO, desc: str, total: int | None, unit: str) -> None:
+    Bytes that take long get `, 0.4 GB/s, about 2 min left` as well.
+    """
+
+    def __init__(
+        self, stream: TextIO, desc: str, total: int | None, unit: str, done: int = 0
+    ) -> None:
         self._stream, self._desc, self._total, self._unit = stream, desc, total, unit
-        self._done = 0
+        self._first = self._done = done
         self._width = 0  # of what stands on the line now
         self._started = time.monotonic()
         self._draw()
@@ -80,14 +96,25 @@ class _Line:
         self._width = len(text)
 
     def _text(self) -> str:
-        amount = _amount(self._done, self._unit)
+        amount = amount_of(self._done, self._unit)
         if self._total is not None:
             percent = 100 * self._done // self._total if self._total else 100
-            amount = f"{percent} %, {amount} of {_amount(self._total, self._unit)}"
-        return f"{self._desc}: {amount}, {self._drawn - self._started:.0f} s"
+            amount = f"{percent} %, {amount} of {amount_of(self._total, self._unit)}"
+        seconds = self._drawn - self._started
+        return f"{self._desc}: {amount}, {seconds:.0f} s{self._speed(seconds)}"
+
+    def _speed(self, seconds: float) -> str:
+        if self._unit != "B" or self._total is None or seconds < _LONG_SECONDS:
+            return ""
+        rate = (self._done - self._first) / seconds
+        left = (self._total - self._done) / rate if rate > 0 else 0.0
+        if left < 60:
+            return ""
+        return f", {amount_of(round(rate), 'B')}/s, about {left / 60:.0f} min left"
 
 
-def _amount(n: int, unit: str) -> str:
+def amount_of(n: int, unit: str = "B") -> str:
+    """A number with its unit, as people read it: bytes in powers of 1000."""
     if unit != "B" or n < 1000:
         return f"{n} {unit}"
     value, prefixes = n / 1000, iter("kMGTP")

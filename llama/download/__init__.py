@@ -1,0 +1,1 @@
+"""Weights through the signed URL of Meta's e-mail, before anything is installed. No torch."""
