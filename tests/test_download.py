@@ -782,6 +782,12 @@ def test_a_certificate_that_is_not_trusted_says_what_to_do(certificate, tmp_path
         assert status == 0, saw
 
 
+def test_no_error_of_a_connection_shows_the_url():
+    for error in (OSError("no http://host/a?Policy=x&Signature=y"), http.client.InvalidURL(URL)):
+        assert "Policy" not in network._words(error)
+        assert network._words(error)
+
+
 def test_the_url_is_a_secret(tmp_path):
     """No other user of the machine can read it: command lines are public, environments are not."""
     if not Path("/proc/self/cmdline").exists():
@@ -962,6 +968,7 @@ def test_every_option_has_a_line_of_help():
     words = re.findall(r"^  --(\S+)", program._usage(), re.M)
     options = program.download.__kwdefaults__
     assert words == [*(name.replace("_", "-") for name in options), "help"]
+    assert "  --jobs N          download N files at a time (default 1)\n" in program._usage()
 
 
 def test_shellcheck():

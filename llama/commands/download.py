@@ -73,9 +73,9 @@ def download(
         list: show the models: names, size on disk, shards, folder
         dry_run: say what would be downloaded, and do nothing
         target: where the models' folders go (default: here)
-        jobs: download N files at a time (default 1)
-        timeout: give up on a connection after S silent seconds (default 30), then try again
-        retries: tries without any progress before a file is given up (default 5)
+        jobs: download N files at a time
+        timeout: give up on a connection after S silent seconds, then try again
+        retries: tries without any progress before a file is given up
         no_space_check: do not compare the size of the models with the free space first
     """
     with _problems_end():
@@ -148,9 +148,14 @@ def _read(rest: list[str]) -> tuple[str, dict[str, object]]:
 
 
 def _usage() -> str:
-    told = re.findall(r"^ {8}(\w+): (.*)$", download.__doc__ or "", re.M)
-    rows = [(f"--{word.replace('_', '-')}{_VALUES.get(word, '')}", text) for word, text in told[1:]]
-    return _USAGE.format("\n".join(f"  {option:17} {text}" for option, text in rows))
+    rows = []
+    for word, default in (download.__kwdefaults__ or {}).items():
+        found = re.search(rf"^ *{word}: (.*)$", download.__doc__ or "", re.M)
+        said = "" if found is None else found[1]
+        said += f" (default {default})" if word in _RANGES else ""
+        option = f"--{word.replace('_', '-')}{_VALUES.get(word, '')}"
+        rows.append(f"  {option:17} {said}")
+    return _USAGE.format("\n".join(rows))
 
 
 @contextlib.contextmanager
