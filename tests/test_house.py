@@ -29,7 +29,7 @@ FLOORS = (
     {"cache", "parallel", "sampling", "files"},
     {"model", "tokenizer"},
     {"names", "text", "engine"},
-    {"quantization"},
+    {"quantization", "download"},
     {"checkpoint", "cpu", "cuda"},  # side by side: none knows another
     {"loading"},
     {"generation"},
@@ -44,6 +44,7 @@ ONLY = {  # of our own rooms
     "sampling": {"sampling_params"},
     "model": {"args", "cache", "parallel"},
     "files": {"terminal"},
+    "download": {"files", "terminal"},
     "engine": {"model", "cache", "sampling", "sampling_params"},
     "generation": {"args", "engine", "loading", "model", "sampling_params", "text", "tokenizer"},
     "__main__": {"commands", "terminal"},
@@ -52,7 +53,7 @@ LAZY = {"loading", "commands"}  # may reach for llama.cuda inside a function
 NO_TORCH = (
     *("llama.args", "llama.sampling_params", "llama.tokenizer", "llama.text", "llama.files"),
     *("llama.terminal", "llama.__main__", "llama.engine.engine", "llama.engine.request"),
-    "llama.commands.download",
+    *("llama.commands.download", "llama.download"),
 )
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
 WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along
