@@ -24,10 +24,11 @@ from llama.loading.settings import CHUNK_ROWS, check_vocabulary
 from llama.model import Transformer
 from llama.quantization import Recipe
 from llama.sampling import SamplingParams, plain_number
-from llama.text.llama2 import RefusedDialog, chat_format
-from llama.text.streaming import AnswerText, Piece, join_pieces, stop_strings
-from llama.text.templates import choose_format
-from llama.tokenizer import Dialog, DialogFormat, IncrementalDecoder, Message, TextTokenizer
+from llama.text.choose import chat_format, choose_format
+from llama.text.llama2 import RefusedDialog
+from llama.text.streaming import AnswerText, IncrementalDecoder, Piece, join_pieces, stop_strings
+from llama.tokenizer import Dialog, Message
+from llama.tokenizer.protocols import DialogFormat, TextTokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
 """Where the processes of a run find each other, and what is said while some have not come.
 
-Knows sockets and torch's store of words that ranks leave for each other; refuses to know models,
-devices and where the numbers come from. The surprising thing: a rank waits for all the others
-before there is any group, and a process that was never meant to be a rank, but found the variables
-of an earlier run in its environment, waits for ever; so a wait is said after seconds, with names.
+Knows sockets and torch's key-value store; refuses to know models, devices and where ranks and
+addresses come from. The surprising thing: a rank waits for all the others before there is any
+group, and a process that was never meant to be a rank, but found the variables of an earlier run in
+its environment, waits for ever; so a wait is said after seconds, with names.
 """
 
 import os
@@ -28,13 +28,13 @@ class RankError(OSError, RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank of how many this process is, where rank 0 listens, and what to do about a wait."""
+    """One process of a run, and where all of them meet."""
 
     rank: int
-    world: int
-    host: str
-    port: int
-    hint: str
+    world: int  # how many ranks there are
+    host: str  # of rank 0
+    port: int  # on which rank 0 listens
+    hint: str  # what a person can do about a wait
 
 
 def meet(at: Place, torchrun_listens: bool) -> Store:
@@ -50,14 +50,13 @@ def meet(at: Place, torchrun_listens: bool) -> Store:
 
 
 class _Wait:
-    """A wait that is said after some seconds, again each minute, and does not last for ever."""
+    """A wait for other ranks, reported after some seconds and each minute, that ends with an error
+    after ARRIVAL seconds."""
 
     def __init__(self, at: Place) -> None:
-        self.who, self.where, self.hint = (
-            f"rank {at.rank} of {at.world}",
-            f"{at.host}:{at.port}",
-            at.hint,
-        )
+        self.who = f"rank {at.rank} of {at.world}"
+        self.address = f"{at.host}:{at.port}"
+        self.hint = at.hint
         self.began = time.monotonic()
         self.said = QUIET - 60
 
@@ -65,7 +64,7 @@ class _Wait:
         seconds = time.monotonic() - self.began
         if seconds > ARRIVAL:
             raise RankError(
-                f"{self.who} waited {seconds:.0f} s at {self.where} for {whom}: {self.hint}"
+                f"{self.who} waited {seconds:.0f} s at {self.address} for {whom}: {self.hint}"
             )
         if seconds - self.said >= 60:
             self.said = seconds
@@ -74,12 +73,12 @@ class _Wait:
 
     def say(self, whom: str) -> None:
         if sys.stderr is not None:
-            sys.stderr.write(f"{self.who} waits at {self.where} for {whom}: {self.hint}\n")
+            sys.stderr.write(f"{self.who} waits at {self.address} for {whom}: {self.hint}\n")
             sys.stderr.flush()
 
 
 def _store(at: Place, torchrun_listens: bool, wait: _Wait) -> Store:
-    """Where ranks leave word for each other: torchrun's, or that of rank 0.
+    """The key-value store of the run: torchrun's, or that of rank 0.
 
     torch's own wait for whoever listens there is silent, deaf to Ctrl-C, and ends in a page of C++
     frames; so it begins when somebody does.
@@ -110,7 +109,7 @@ def _store(at: Place, torchrun_listens: bool, wait: _Wait) -> Store:
             master_listen_fd=None if listening is None else listening.detach(),
         )
     except RuntimeError as error:
-        raise RankError(f"{wait.who} found no other at {wait.where}: {at.hint}") from error
+        raise RankError(f"{wait.who} found no other at {wait.address}: {at.hint}") from error
     finally:
         stranger.cancel()
 

@@ -2,7 +2,7 @@
 
 The canonical names are those in Meta's files, which are the module names in Transformer. Knows no
 file, no dtype and no tensor. The surprising thing: shards on disk and ranks in memory cut the same
-dimension, but not always at the same places: a rank never gets a part of a key/value head, and the
+dimension, but not always at the same rows: a rank never gets a part of a key/value head, and the
 vocabulary's last part may be short.
 
 Letters: V vocabulary, D dim, Q query heads x head size, K key/value heads x head size, F hidden.
@@ -16,7 +16,7 @@ from llama.args import ModelArgs
 
 
 class _Entry(NamedTuple):
-    letters: str
+    letters: str  # of the dimensions, see the legend above
     cut: int | None  # the dimension that shards and ranks cut; None: whole everywhere
 
 
@@ -44,15 +44,15 @@ _FUSED = (
 
 
 def ignored(name: str) -> str | None:
-    """Why a tensor of Meta's files is not read, None where it is."""
+    """The reason why a tensor of Meta's files is not read; None where it is read."""
     if re.fullmatch(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs", name):
         return "derived from rope_theta"
     return None
 
 
 def _entry(name: str) -> _Entry:
-    kind = name.split(".", 2)[2] if name.startswith("layers.") else name
-    return _LAYER[kind] if name.startswith("layers.") else _MODEL[kind]
+    part = name.split(".", 2)[2] if name.startswith("layers.") else name
+    return _LAYER[part] if name.startswith("layers.") else _MODEL[part]
 
 
 def _sizes(args: ModelArgs) -> dict[str, int]:
@@ -66,25 +66,25 @@ def _sizes(args: ModelArgs) -> dict[str, int]:
 
 
 def shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Name to full shape, in the model's order; output.weight also where it is tied."""
+    """The full shape of every tensor, in the model's order; output.weight also where it is tied."""
     sizes = _sizes(args)
     names = ["tok_embeddings.weight"]
-    names += [f"layers.{i}.{kind}" for i in range(args.n_layers) for kind in _LAYER]
+    names += [f"layers.{i}.{part}" for i in range(args.n_layers) for part in _LAYER]
     names += ["norm.weight", "output.weight"]
     return {name: tuple(sizes[letter] for letter in _entry(name).letters) for name in names}
 
 
 def groups(args: ModelArgs) -> Iterator[tuple[str, ...]]:
-    """Every name once, in the model's order; names that share one storage come together."""
-    follower = {kind: fused[0] for fused in _FUSED for kind in fused}
-    fused = {kinds[0]: kinds for kinds in _FUSED}
+    """Yield every name once, in the model's order; names that share one storage come together."""
+    follower = {part: fused[0] for fused in _FUSED for part in fused}
+    fused = {parts[0]: parts for parts in _FUSED}
     for name in shapes(args):
         if not name.startswith("layers."):
             yield (name,)
             continue
-        layer, kind = name[: -len(name.split(".", 2)[2])], name.split(".", 2)[2]
-        if follower.get(kind, kind) == kind:
-            yield tuple(layer + each for each in fused.get(kind, (kind,)))
+        layer, part = name[: -len(name.split(".", 2)[2])], name.split(".", 2)[2]
+        if follower.get(part, part) == part:
+            yield tuple(layer + each for each in fused.get(part, (part,)))
 
 
 def shard_dim(name: str) -> int | None:

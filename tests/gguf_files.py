@@ -5,18 +5,18 @@ from math import prod
 
 import torch
 
-from llama.checkpoint.gguf.blocks import KINDS, NUMBER_OF
+from llama.checkpoint.gguf.blocks import GGML_TYPES, NUMBER_OF
 from llama.checkpoint.gguf.header import (
     ALIGNMENT,
     ARRAY,
     BOOL,
     FLOAT32,
-    FORMATS,
     INT32,
     STRING,
+    STRUCT_CODES,
     UINT32,
 )
-from llama.checkpoint.gguf.keys import keys_of, their_name
+from llama.checkpoint.gguf.keys import gguf_name, keys_of
 
 VECTORS = ("attn_norm", "ffn_norm", "output_norm", "rope_freqs")
 
@@ -26,15 +26,15 @@ def text(value: str | bytes) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def value(kind: int, given) -> bytes:
-    """A value with its type before it; an array's `given` is (kind, list)."""
-    if kind == ARRAY:
+def value(value_type: int, given) -> bytes:
+    """A value with its type before it; an array's `given` is (value_type, list)."""
+    if value_type == ARRAY:
         inner, items = given
         packed = [value(inner, item)[4:] for item in items]
         return struct.pack("<IIQ", ARRAY, inner, len(items)) + b"".join(packed)
-    if kind == STRING:
+    if value_type == STRING:
         return struct.pack("<I", STRING) + text(given)
-    return struct.pack(f"<I{FORMATS[kind]}", kind, given)
+    return struct.pack(f"<I{STRUCT_CODES[value_type]}", value_type, given)
 
 
 def guess(given) -> bytes:
@@ -42,15 +42,15 @@ def guess(given) -> bytes:
     if isinstance(given, bytes):
         return given  # packed already
     if isinstance(given, list):
-        kinds = {str: STRING, float: FLOAT32, int: INT32}
-        return value(ARRAY, (kinds[type(given[0])] if given else STRING, given))
-    kinds = {str: STRING, float: FLOAT32, int: UINT32, bool: BOOL}
-    return value(kinds[type(given)], given)
+        types = {str: STRING, float: FLOAT32, int: INT32}
+        return value(ARRAY, (types[type(given[0])] if given else STRING, given))
+    types = {str: STRING, float: FLOAT32, int: UINT32, bool: BOOL}
+    return value(types[type(given)], given)
 
 
-def tensor(name, shape, data: bytes, kind="F32", offset=None, dims=None):
-    """An entry for `raw_gguf`; kind a name or a number; dims: what is written instead of shape."""
-    number = NUMBER_OF[kind] if isinstance(kind, str) else kind
+def tensor(name, shape, data: bytes, tensor_type="F32", offset=None, dims=None):
+    """An entry for `raw_gguf`; tensor_type: a name or a number; dims: written instead of shape."""
+    number = NUMBER_OF[tensor_type] if isinstance(tensor_type, str) else tensor_type
     return name, tuple(shape) if dims is None else dims, number, data, offset
 
 
@@ -79,7 +79,7 @@ def raw_gguf(
 def keys_for(args, **changes):
     """Sound keys for a model; changes by name without "llama." , None removes one."""
     keys = {"general.architecture": "llama"}
-    keys |= {key: value(kind, number) for key, (kind, number) in keys_of(args).items()}
+    keys |= {key: value(*typed) for key, typed in keys_of(args).items()}
     for name, given in changes.items():
         key = (
             name
@@ -90,21 +90,23 @@ def keys_for(args, **changes):
     return {key: given for key, given in keys.items() if given is not None}
 
 
-def entries_for(checkpoint, kinds=None):
-    """Entries of `tensor` for every tensor: float32, or random blocks where `kinds` says so."""
+def entries_for(checkpoint, types=None):
+    """Entries of `tensor` for every tensor: float32, or random blocks where `types` says so."""
     out = []
     for name, source in checkpoint.tensors.items():
-        theirs, kind = their_name(name), (kinds or {}).get(name)
-        if kind is None:
+        theirs, tensor_type = gguf_name(name), (types or {}).get(name)
+        if tensor_type is None:
             data = source.read().float().numpy().tobytes()
             out.append(tensor(theirs, source.shape, data))
         else:
-            out.append(tensor(theirs, source.shape, random_blocks(source.shape, kind), kind))
+            out.append(
+                tensor(theirs, source.shape, random_blocks(source.shape, tensor_type), tensor_type)
+            )
     return out
 
 
-def random_blocks(shape, kind, seed=0) -> bytes:
-    entry = KINDS[NUMBER_OF[kind]]
+def random_blocks(shape, tensor_type, seed=0) -> bytes:
+    entry = GGML_TYPES[NUMBER_OF[tensor_type]]
     size = prod(shape) // entry.block * entry.size
     generator = torch.Generator().manual_seed(seed)
     return bytes(torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator).tolist())

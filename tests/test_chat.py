@@ -73,9 +73,9 @@ def test_a_turn_prefills_only_its_own_tokens_and_equals_a_fresh_run(tiny_llama):
     llama = tiny_llama(max_seq_len=512, max_batch_size=1)
     one, rows, sizes = talk(llama), count_rows(llama.model), []
     for text in ("Hello there", "And now?", "A third one"):
-        before = one.talk.ids() if one.talk.turns else []
+        before = one.talk.ids() if one.talk.exchanges else []
         one.take(text)
-        answer = one.talk.turns[-1].answer
+        answer = one.talk.exchanges[-1].answer
         prompt = one.talk.ids()[: -len(answer) - 1]
         assert prompt[: len(before)] == before
         # of an answer cut by max_gen_len, the last token and its end have not been run yet
@@ -106,7 +106,7 @@ def test_what_was_sampled_is_what_chat_completion_samples(tiny_llama):
     dialog = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     prompt = tiny_llama().formatter.encode_dialog_prompt(dialog)
     plain, _ = tiny_llama(max_seq_len=512).generate([prompt], 20, 1.0, 0.95, seed=5)
-    assert one.talk.turns[0].answer == plain[0]
+    assert one.talk.exchanges[0].answer == plain[0]
 
 
 # ---- Ctrl-C and /retry
@@ -120,7 +120,7 @@ def test_ctrl_c_keeps_what_was_said_and_retry_replaces_it(scripted):
     llama = scripted(letters, max_seq_len=256)
     one = talk(llama, "go", stop=3)
     assert one.terminal.notes == ["(stopped; what was said stays, and /retry asks again)"]
-    said = one.talk.turns[0].answer
+    said = one.talk.exchanges[0].answer
     assert len(said) == 3
     assert one.terminal.shown == bytes(said).decode() + "\n"
     assert one.talk.ids()[-4:] == [*said, EOT]
@@ -128,9 +128,9 @@ def test_ctrl_c_keeps_what_was_said_and_retry_replaces_it(scripted):
     one.terminal.stop = None
     llama.model.batches.clear()
     one.take("/retry")
-    assert len(one.talk.turns) == 1
-    assert one.talk.turns[0].answer[:3] == said
-    assert len(one.talk.turns[0].answer) == 12
+    assert len(one.talk.exchanges) == 1
+    assert one.talk.exchanges[0].answer[:3] == said
+    assert len(one.talk.exchanges[0].answer) == 12
     assert llama.model.batches == [[1]] * 12  # its prompt was still in the slot
     assert "(temperature is 0: the answer will be the same)" in one.terminal.notes
 
@@ -139,20 +139,20 @@ def test_ctrl_c_before_the_first_word_leaves_the_message_unanswered(scripted):
     llama = scripted(letters, max_seq_len=2048)
     one = talk(llama, "x" * 1500, stop=0)  # three chunks
     assert one.terminal.notes == ["(stopped; nothing was said, and /retry asks again)"]
-    assert one.talk.turns[0].answer is None
+    assert one.talk.exchanges[0].answer is None
     assert llama.model.batches == [[512]]
     one.terminal.stop = None
     one.take("short")
-    assert [turn.text for turn in one.talk.turns] == ["short"]
+    assert [exchange.text for exchange in one.talk.exchanges] == ["short"]
 
 
 def test_retry_needs_a_message_and_samples_anew(tiny_llama):
     params = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=12)
     one = talk(tiny_llama(max_seq_len=256), "/retry", "Hi", params=params)
     assert one.terminal.notes[0] == "there is no message yet that could be answered again"
-    before = one.talk.turns[0].answer
+    before = one.talk.exchanges[0].answer
     one.take("/retry")
-    assert one.talk.turns[0].answer != before
+    assert one.talk.exchanges[0].answer != before
 
 
 def test_an_answer_that_fails_is_one_sentence_and_the_talk_goes_on(tiny_llama):
@@ -164,10 +164,10 @@ def test_an_answer_that_fails_is_one_sentence_and_the_talk_goes_on(tiny_llama):
     weight.data.fill_(float("nan"))
     one.run()
     assert "are not finite" in one.terminal.notes[0]
-    assert one.talk.turns[0].answer is None
+    assert one.talk.exchanges[0].answer is None
     weight.data.copy_(kept)
     one.take("/retry")
-    assert one.talk.turns[0].answer
+    assert one.talk.exchanges[0].answer
 
 
 # ---- a full context
@@ -176,7 +176,7 @@ def test_an_answer_that_fails_is_one_sentence_and_the_talk_goes_on(tiny_llama):
 def test_a_full_context_forgets_the_oldest_turns_and_says_so(scripted):
     llama = scripted(letters, max_seq_len=200)
     one = talk(llama, *(f"message {i}" for i in range(12)), system="S")
-    assert len(one.talk.turns) == 12
+    assert len(one.talk.exchanges) == 12
     assert one.talk.forgotten > 6
     notes = [note for note in one.terminal.notes if "forgets" in note]
     assert len(notes) >= 3
@@ -194,7 +194,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(scripted):
 def test_a_message_that_can_never_fit_is_refused_and_nothing_is_forgotten(scripted):
     one = talk(scripted(letters, max_seq_len=100), "Hi", "x" * 90, "Ho")
     assert one.terminal.notes[1].startswith("the message was not sent: with the system prompt it h")
-    assert [turn.text for turn in one.talk.turns] == ["Hi", "Ho"]
+    assert [exchange.text for exchange in one.talk.exchanges] == ["Hi", "Ho"]
 
 
 def test_every_cut_answer_says_why(scripted):
@@ -206,7 +206,7 @@ def test_every_cut_answer_says_why(scripted):
     ]
     assert len(one.talk.ids()) == 101  # with the end that the next prompt will hold
     one.take("He")
-    assert one.talk.turns[-1].answer
+    assert one.talk.exchanges[-1].answer
 
 
 @pytest.mark.parametrize("room", range(30, 120, 7))
@@ -230,7 +230,7 @@ def test_every_line_of_a_pipe_has_its_place_in_the_output(scripted, tmp_path):
     assert places.pop() == ""
     assert [len(place) for place in places] == [12, 0, 12, 0, 0, 0, 0, 12, 0, 12, 0]
     assert one.failed == 4
-    assert [turn.text for turn in one.talk.turns] == ["one", "two", "three"]
+    assert [exchange.text for exchange in one.talk.exchanges] == ["one", "two", "three"]
 
 
 def test_an_answer_that_fails_has_one_place(tiny_llama):
@@ -273,7 +273,7 @@ def test_where_nothing_can_be_shown_the_talk_ends(piped, monkeypatch, scripted, 
         one.run()
     assert raised.value is error
     assert llama.engine.idle
-    assert len(one.talk.turns) == 1 + (room == 13)
+    assert len(one.talk.exchanges) == 1 + (room == 13)
     assert sys.stdin.readline() == ("two\n", "three\n")[room == 13]
 
 
@@ -314,7 +314,7 @@ def test_a_mistake_is_one_sentence_and_the_talk_goes_on(scripted, tmp_path, monk
     one = talk(scripted(letters, max_seq_len=256), line, "Hi")
     assert one.terminal.notes[0].startswith(MISTAKES[line])
     assert "\n" not in one.terminal.notes[0]
-    assert len(one.talk.turns) == 1
+    assert len(one.talk.exchanges) == 1
     assert one.params == GREEDY
 
 
@@ -333,7 +333,7 @@ def test_ctrl_c_at_the_very_end_of_an_answer_does_not_end_the_talk(scripted, mon
     and_then(KeyboardInterrupt())
     one = talk(scripted(letters, max_seq_len=256), "one", "two", interactive=True)
     assert "\n(Ctrl-D or /quit leaves)" in one.terminal.notes
-    assert len(one.talk.turns) == 2
+    assert len(one.talk.exchanges) == 2
     for pressed, interactive in ((KeyboardInterrupt("twice"), True), (KeyboardInterrupt(), False)):
         and_then(pressed)
         with pytest.raises(KeyboardInterrupt):
@@ -355,7 +355,7 @@ def test_every_setting_is_set_and_shown(scripted, name):
 
 def test_settings_reach_the_next_answer(tiny_llama):
     one = talk(tiny_llama(max_seq_len=256), "Hi", "/set max_gen_len 5", "Hi", "/quit", "Hi")
-    assert [len(turn.answer) for turn in one.talk.turns] == [12, 5]
+    assert [len(exchange.answer) for exchange in one.talk.exchanges] == [12, 5]
 
 
 def test_system_and_reset(scripted):
@@ -378,12 +378,12 @@ def test_messages_stay_as_typed(scripted, text):
     llama = scripted(letters, max_seq_len=256)
     one = talk(llama, text)
     expected = llama.formatter.encode_message({"role": "user", "content": text})
-    assert one.talk.turns[0].message == expected
+    assert one.talk.exchanges[0].message == expected
     assert EOT not in expected[:-1]
 
 
 def test_empty_lines_are_no_messages(scripted):
-    assert not talk(scripted(letters), "", "  ", "\t").talk.turns
+    assert not talk(scripted(letters), "", "  ", "\t").talk.exchanges
 
 
 # ---- files
@@ -417,7 +417,7 @@ def test_plain_messages_and_those_of_another_tokenizer_are_encoded(scripted, tmp
     one = talk(llama, f"/load {file}")
     assert one.talk.ids() == llama.formatter.encode_dialog_prompt(dialog)
     one.take("/retry")
-    assert len(one.talk.turns[1].answer) == 12
+    assert len(one.talk.exchanges[1].answer) == 12
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_a_file_that_holds_no_conversation_changes_nothing(scripted, tmp_path, t
     one = talk(scripted(letters, max_seq_len=256), "Hi", f"/load {file}")
     assert why in one.terminal.notes[-1]
     assert str(file) in one.terminal.notes[-1]
-    assert [turn.text for turn in one.talk.turns] == ["Hi"]
+    assert [exchange.text for exchange in one.talk.exchanges] == ["Hi"]
 
 
 # ---- the terminal
@@ -482,7 +482,7 @@ def test_lines_and_fences(piped):
 def test_a_command_inside_a_fence_is_text(scripted):
     one = talk(scripted(letters, max_seq_len=256))
     one.take("/help", fenced=True)
-    assert one.talk.turns[0].text == "/help"
+    assert one.talk.exchanges[0].text == "/help"
 
 
 def test_a_pipe_gets_answers_only_and_bad_bytes_do_no_harm(piped, scripted):
@@ -603,4 +603,4 @@ def test_a_session_with_two_ranks(folder):
         "Go on",
         params=SamplingParams(temperature=0, max_tokens=8),
     )
-    assert [turn.answer for turn in alone.talk.turns] == [first["ids"], second["ids"]]
+    assert [exchange.answer for exchange in alone.talk.exchanges] == [first["ids"], second["ids"]]

@@ -448,7 +448,7 @@ def test_writing_refuses_what_it_cannot_do_whole(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llama.checkpoint.meta.read.write_pth", fail)
+    monkeypatch.setattr("llama.checkpoint.meta.write.write_pth", fail)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []

@@ -33,8 +33,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import ChatFormat, Llama
 from llama.commands.perplexity import score
-from llama.text.llama2 import open_tokenizer
-from llama.text.templates import LLAMA3_TEMPLATE, TemplateFormat, choose_format
+from llama.text.choose import choose_format, open_tokenizer
+from llama.text.templates import LLAMA3_TEMPLATE, TemplateFormat
 
 
 @pytest.fixture(scope="module")

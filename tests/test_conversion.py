@@ -20,7 +20,8 @@ from llama.checkpoint import (
     write_quantized,
 )
 from llama.demo import __file__ as demo_file
-from llama.text.llama2 import SentencePieceTokenizer, open_tokenizer
+from llama.text.choose import open_tokenizer
+from llama.text.sentencepiece import SentencePieceTokenizer
 from llama.text.tokenizer_json import tokenizer_json
 
 DEMO = demo_file.removesuffix("__init__.py")

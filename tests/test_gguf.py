@@ -13,14 +13,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama import Llama
 from llama.checkpoint import open_checkpoint, random_checkpoint, write_gguf, write_meta
 from llama.checkpoint.gguf import read as module
-from llama.checkpoint.gguf.blocks import KINDS, NUMBER_OF, PLAIN, dequantize, quantize
+from llama.checkpoint.gguf.blocks import GGML_TYPES, NUMBER_OF, PLAIN, dequantize, quantize
 from llama.checkpoint.gguf.keys import rope_factors
 from llama.loading import load
 from llama.model import ModelArgs, RopeScaling, Transformer, rope_frequencies
 from llama.names import shapes
 from llama.parallel import ONE, Ranks
-from llama.text.llama2 import SentencePieceTokenizer
-from llama.text.piece_tokenizer import CONTROL, PieceTokenizer, _fields
+from llama.text.piece_tokenizer import PieceTokenizer
+from llama.text.pieces import CONTROL, fields
+from llama.text.sentencepiece import SentencePieceTokenizer
 from llama.text.templates import LLAMA3_TEMPLATE
 from llama.tokenizer import ChatFormat, Tokenizer
 
@@ -112,7 +113,7 @@ def test_the_package_reads_what_is_written(tmp_path, byte_tokenizer):
     assert fields["tokenizer.chat_template"] == LLAMA3_TEMPLATE
     found = {each.name: each for each in reader.tensors}
     for name, source in checkpoint.tensors.items():
-        data = found[module.their_name(name)].data
+        data = found[module.gguf_name(name)].data
         assert torch.equal(torch.from_numpy(data.copy()), source.read()), name
     assert found["rope_freqs.weight"].data.shape == (32,)
 
@@ -134,7 +135,7 @@ def test_rows_that_do_not_divide_into_blocks_stay_float16(tmp_path):
     args = dataclasses.replace(ARGS, hidden_dim=48)
     write_gguf(random_checkpoint(args), tmp_path / "model.gguf", type="q8_0")
     again = open_checkpoint(tmp_path / "model.gguf")
-    assert again.tensors["layers.0.feed_forward.w2.weight"].kind.name == "F16"
+    assert again.tensors["layers.0.feed_forward.w2.weight"].tensor_type.name == "F16"
     assert "Q8_0 (14)" in again.stored
 
 
@@ -184,13 +185,13 @@ def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path):
 # --- blocks
 
 
-QUANTIZED = [kind.name for kind in KINDS.values() if kind.name not in PLAIN]
+QUANTIZED = [each.name for each in GGML_TYPES.values() if each.name not in PLAIN]
 
 
 def by_package(data: bytes, kind: str, columns: int):
     package = pytest.importorskip("gguf")
     packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    entry = KINDS[NUMBER_OF[kind]]
+    entry = GGML_TYPES[NUMBER_OF[kind]]
     rows = packed.view(-1, columns // entry.block * entry.size).numpy()
     return torch.from_numpy(package.dequantize(rows, package.GGMLQuantizationType[kind]))
 
@@ -232,7 +233,7 @@ def test_blocks_are_packed_as_the_package_does(kind):
     rows[1] = torch.arange(256) / 2  # halves, to be rounded
     rows[2, :32] = 1e-7
     expected = package.quantize(rows.numpy(), package.GGMLQuantizationType[kind])
-    packed = quantize(rows, KINDS[NUMBER_OF[kind]])
+    packed = quantize(rows, GGML_TYPES[NUMBER_OF[kind]])
     assert torch.equal(packed, torch.from_numpy(expected))
 
 
@@ -275,7 +276,7 @@ def test_small_blocks_unpack_to_known_numbers():
     half = struct.pack("<e", 0.5)
     packed = half + bytes(range(16))  # low halves of the bytes come first
     row = torch.frombuffer(bytearray(packed), dtype=torch.uint8)[None]
-    assert dequantize(row, KINDS[NUMBER_OF["Q4_0"]])[0].tolist() == [
+    assert dequantize(row, GGML_TYPES[NUMBER_OF["Q4_0"]])[0].tolist() == [
         (n - 8) / 2 for n in [*range(16), *[0] * 16]
     ]
 
@@ -608,7 +609,7 @@ def of_kinds(proto, kinds):
         )
 
     out, left = b"", iter(kinds)
-    for field, message in _fields(proto):
+    for field, message in fields(proto):
         message += bytes([3 << 3, next(left)]) if field == 1 else b""
         out += varint(field << 3 | 2) + varint(len(message)) + message
     return out
@@ -618,7 +619,7 @@ def test_unused_pieces_come_out_as_their_halves(sentencepiece_model):
     pieces = PieceTokenizer.of_sentencepiece(sentencepiece_model)
     kinds = [
         5 if kind == 1 and len(piece) > 1 and token % 3 else kind
-        for token, (piece, kind) in enumerate(zip(pieces.pieces, pieces.kinds, strict=True))
+        for token, (piece, kind) in enumerate(zip(pieces.pieces, pieces.token_types, strict=True))
     ]
     assert kinds.count(5) > 20
     proto = of_kinds(sentencepiece_model.model.serialized_model_proto(), kinds)
@@ -729,11 +730,11 @@ def test_info_says_what_lies_in_a_file(tmp_path, shell):
 
 
 def test_names_cover_every_tensor():
-    from llama.checkpoint.gguf.keys import our_name, their_name
+    from llama.checkpoint.gguf.keys import canonical_name, gguf_name
 
     names = list(shapes(ARGS))
-    assert [our_name(their_name(name)) for name in names] == names
-    assert our_name("blk.00.attn_q.weight") is None
-    assert our_name("blk.0.output.weight") is None
-    assert our_name("attn_q.weight") is None
-    assert our_name("blk.0.attn_rot_embd.weight") == ""
+    assert [canonical_name(gguf_name(name)) for name in names] == names
+    assert canonical_name("blk.00.attn_q.weight") is None
+    assert canonical_name("blk.0.output.weight") is None
+    assert canonical_name("attn_q.weight") is None
+    assert canonical_name("blk.0.attn_rot_embd.weight") == ""

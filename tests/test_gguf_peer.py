@@ -16,7 +16,7 @@ from llama.checkpoint import open_checkpoint, random_checkpoint, write_gguf
 from llama.loading import load
 from llama.model import RopeScaling
 from llama.parallel import ONE
-from llama.text.llama2 import SentencePieceTokenizer
+from llama.text.sentencepiece import SentencePieceTokenizer
 
 pytestmark = pytest.mark.peer
 

@@ -28,7 +28,8 @@ from llama.loading import load
 from llama.model import ModelArgs, RopeScaling, rope_frequencies
 from llama.names import local_slice
 from llama.parallel import ONE, Ranks
-from llama.text.tokenizer_json import ranks_file, read_tokenizer_json, tokenizer_json
+from llama.text.tokenizer_folder import read_folder
+from llama.text.tokenizer_json import ranks_file, tokenizer_json
 from llama.tokenizer import Tokenizer
 
 SCALED = dict(use_scaled_rope=True, context_length=512)
@@ -426,7 +427,7 @@ def test_transformers_gives_the_same_ids_on_the_exported_tokenizer(tmp_path, wor
     args = shape("3", vocab_size=word_tokenizer.n_words)
     write_hf(random_checkpoint(args), tmp_path / "hf", tokenizer=word_tokenizer)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    again = read_tokenizer_json(tmp_path / "hf/tokenizer.json")
+    again = read_folder(tmp_path / "hf/tokenizer.json")
     assert (again.ranks, again.special_tokens) == (
         word_tokenizer.ranks,
         word_tokenizer.special_tokens,
@@ -451,7 +452,7 @@ def test_the_official_ranks_give_the_official_ids_as_tokenizer_json(tmp_path):
     ranks = Tokenizer(OFFICIAL, version="3.1")
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(tokenizer_json(ranks), ensure_ascii=False))
-    ours = read_tokenizer_json(file)
+    ours = read_folder(file)
     assert (ours.ranks, ours.special_tokens) == (ranks.ranks, ranks.special_tokens)
     assert ours.stop_tokens == {128001, 128008, 128009}
     assert ranks_file(ours) == OFFICIAL.read_bytes()
@@ -480,13 +481,13 @@ def test_merges_as_pairs_and_as_a_trained_tokenizer_has_them(tmp_path):
     assert isinstance(
         json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"][0], list
     )
-    ours = read_tokenizer_json(tmp_path / "tokenizer.json")
+    ours = read_folder(tmp_path / "tokenizer.json")
     assert (ours.bos_id, ours.eos_id, ours.stop_tokens) == (0, 1, {1})
     for text in texts(300, seed=3):
         assert ours.encode(text, bos=False, eos=False) == theirs.encode(text).ids
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json names no bos_token"):
-        read_tokenizer_json(tmp_path / "tokenizer.json")
+        read_folder(tmp_path / "tokenizer.json")
 
 
 def set_in(path, value):
@@ -532,7 +533,7 @@ def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, word_tokenizer, c
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(spec))
     with pytest.raises(ValueError, match=message) as caught:
-        read_tokenizer_json(file)
+        read_folder(file)
     assert str(caught.value).startswith(str(file))
     assert "\n" not in str(caught.value)
 

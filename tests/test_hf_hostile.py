@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_args, write_adapter
 
 from llama.checkpoint import merge_adapter, open_checkpoint, random_checkpoint, write_hf
-from llama.text.tokenizer_json import read_tokenizer_json
+from llama.text.tokenizer_folder import read_folder
 
 ARGS = dict(hidden_dim=96, max_seq_len=512)
 
@@ -366,7 +366,7 @@ def test_a_chat_template_that_is_no_text_is_refused(tmp_path):
 def test_a_hostile_tokenizer_is_refused(tmp_path, text, message):
     file = tmp_path / "tokenizer.json"
     file.write_text(text)
-    refused(lambda: read_tokenizer_json(file), message, file)
+    refused(lambda: read_folder(file), message, file)
 
 
 # --- adapters

@@ -456,7 +456,7 @@ tokenizer("JSON", lambda d: b'{"version": "1.0"}', "this is JSON")
 tokenizer("noise", lambda d: bytes(range(256)) * 64, "line 1: not `base64 rank`")
 
 
-@case("tokenizer", rf"^{{}}/{TOKENIZER} has 17179869184 bytes", command=ASK)
+@case("tokenizer", rf"^{{}}/{TOKENIZER}: has 17179869184 bytes", command=ASK)
 def sixteen_gigabytes(folder):
     os.truncate(folder / TOKENIZER, 2**34)
 

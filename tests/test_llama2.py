@@ -15,17 +15,10 @@ from test_model import transformers_twin
 from llama import ChatFormat, Llama, ModelArgs, Tokenizer, __main__
 from llama.checkpoint import convert, open_checkpoint, random_checkpoint, write_meta
 from llama.checkpoint.meta.params import complete
-from llama.text.llama2 import (
-    REFUSAL,
-    TAGS,
-    Llama2ChatFormat,
-    RefusedDialog,
-    SentencePieceTokenizer,
-    chat_format,
-    open_tokenizer,
-)
-from llama.text.streaming import join_pieces
-from llama.tokenizer import IncrementalDecoder
+from llama.text.choose import chat_format, open_tokenizer
+from llama.text.llama2 import REFUSAL, TAGS, Llama2ChatFormat, RefusedDialog
+from llama.text.sentencepiece import SentencePieceTokenizer
+from llama.text.streaming import IncrementalDecoder, join_pieces
 
 sentencepiece = pytest.importorskip("sentencepiece")
 

@@ -8,9 +8,10 @@ import tracemalloc
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from llama.text.choose import NoFormat, choose_format
 from llama.text.conversation import Conversation
 from llama.text.sandbox import BoundedTemplate
-from llama.text.templates import LLAMA3_TEMPLATE, NoFormat, TemplateFormat, choose_format
+from llama.text.templates import LLAMA3_TEMPLATE, TemplateFormat
 from llama.text.tokenizer_json import tokenizer_json
 from llama.tokenizer import ChatFormat, Tokenizer
 
@@ -251,8 +252,8 @@ def test_a_conversation_follows_the_template():
     talk.add("hello")
     start = dialog_of(("system", "Be brief."), ("user", "hello"))
     assert talk.ids() == form.encode_dialog_prompt(start)
-    talk.turns[-1].answer = form.tokenizer.encode("hell", bos=False, eos=False)
-    assert talk.ids() == form.encode_dialog_prompt(start) + talk.turns[-1].answer
+    talk.exchanges[-1].answer = form.tokenizer.encode("hell", bos=False, eos=False)
+    assert talk.ids() == form.encode_dialog_prompt(start) + talk.exchanges[-1].answer
     talk.add("user")
     whole = [*start, *dialog_of(("assistant", "hell"), ("user", "user"))]
     assert talk.ids() == form.encode_dialog_prompt(whole)

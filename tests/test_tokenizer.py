@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 
 from llama import tokenizer as module
-from llama.tokenizer import ChatFormat, IncrementalDecoder, Tokenizer, spare_rows
+from llama.text.streaming import IncrementalDecoder
+from llama.tokenizer import ChatFormat, Tokenizer
+from llama.tokenizer.protocols import spare_rows
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "llama3_tokenizer.model"
 OFFICIAL_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
@@ -627,11 +629,11 @@ socket.socket = socket.create_connection = socket.getaddrinfo = refuse
 sys.modules["torch"] = None
 package = sys.modules["llama"] = types.ModuleType("llama")
 package.__path__ = [sys.argv[1]]  # its rooms without its __init__
-from llama.text.llama2 import open_tokenizer
+from llama.text.choose import open_tokenizer
 open_tokenizer(sys.argv[2]).encode("hello", bos=True, eos=False)
 """
     result = subprocess.run(
-        [sys.executable, "-c", script, str(Path(module.__file__).parent), str(path)],
+        [sys.executable, "-c", script, str(Path(module.__file__).parent.parent), str(path)],
         capture_output=True,
         text=True,
     )

@@ -16,8 +16,9 @@ from llama.checkpoint.gguf.write import write_gguf
 from llama.checkpoint.hf.adapter import merge_adapter
 from llama.checkpoint.hf.read import open_hf
 from llama.checkpoint.hf.write import write_hf
-from llama.checkpoint.meta.read import open_meta, write_meta
+from llama.checkpoint.meta.read import open_meta
 from llama.checkpoint.meta.reshard import reshard
+from llama.checkpoint.meta.write import write_meta
 from llama.checkpoint.quantized.read import FILE as QUANTIZED
 from llama.checkpoint.quantized.read import open_quantized
 from llama.checkpoint.quantized.write import write_quantized

@@ -15,9 +15,10 @@ from llama.checkpoint.gguf.write import write_gguf
 from llama.checkpoint.hf.read import open_hf
 from llama.checkpoint.hf.write import write_hf
 from llama.checkpoint.meta.read import open_meta
-from llama.checkpoint.meta.reshard import new_folder, reshard
+from llama.checkpoint.meta.reshard import reshard
 from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.tokenizers import changes, copies
+from llama.files.new_folder import new_folder
 
 TYPES = ("q8_0", "q4_0")
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 def convert(
     checkpoint: Checkpoint,
     dst: str | Path,
-    kind: str,
+    format: str,
     *,
     shards: int = 1,
     dtype: torch.dtype | None = None,
@@ -36,24 +37,24 @@ def convert(
 ) -> None:
     """Write `checkpoint`, in `dtype` (None: its own), and its tokenizer to `dst`.
 
-    `kind` is "meta", in `shards` files, "hf", or "gguf", quantized where `type` says so. Raises
+    `format` is "meta", in `shards` files, "hf", or "gguf", quantized where `type` says so. Raises
     ValueError or OSError where that cannot be done, before anything is written where that can be
     known.
     """
-    if kind not in ("meta", "hf", "gguf"):
-        raise ValueError(f"format {kind!r}: use one of meta, hf, gguf")
-    if shards != 1 and kind != "meta":
+    if format not in ("meta", "hf", "gguf"):
+        raise ValueError(f"format {format!r}: use one of meta, hf, gguf")
+    if shards != 1 and format != "meta":
         raise ValueError(f"shards={shards}: only Meta's format is cut into shards")
-    if type is not None and kind != "gguf":
+    if type is not None and format != "gguf":
         raise ValueError(f"type={type!r}: only gguf has types")
     if type is not None and type not in TYPES:
         raise ValueError(f"type={type!r}: use one of {', '.join(TYPES)}")
     tokenizer = checkpoint.open_tokenizer()
     if tokenizer is None:
         logger.warning("%s has no tokenizer, so none is written", checkpoint.path)
-    if kind == "meta":
+    if format == "meta":
         reshard(checkpoint, dst, shards=shards, dtype=dtype, show_progress=show_progress)
-    elif kind == "gguf":
+    elif format == "gguf":
         write_gguf(
             checkpoint,
             dst,
@@ -75,11 +76,11 @@ def convert(
                 show_progress=show_progress,
             )
     if tokenizer is not None and tokenizer.stated:
-        for change in changes(checkpoint, _reopened(Path(dst), kind), tokenizer):
+        for change in changes(checkpoint, _reopened(Path(dst), format), tokenizer):
             logger.warning("%s: in this format, %s", dst, change)
 
 
-def _reopened(path: Path, kind: str) -> Checkpoint:
-    """What was written, by the reader of its format."""
+def _reopened(path: Path, format: str) -> Checkpoint:
+    """Open what was written with the reader of its format."""
     readers = {"meta": open_meta, "gguf": open_gguf, "hf": open_hf}
-    return readers[kind](path, {})
+    return readers[format](path, {})

@@ -1,7 +1,8 @@
 """The released models by their shapes: a name for people to read, guessed from ModelArgs."""
 
 from llama.args import ModelArgs
-from llama.checkpoint.meta.params import SENTENCEPIECE
+
+SENTENCEPIECE = (32000, 32016)  # vocabularies of Llama 1, Llama 2 and Code Llama
 
 # (dim, n_layers, whether each query head has its own keys) of those with SentencePiece's
 _OLD_SIZES = {
@@ -25,7 +26,7 @@ _FAMILIES = {
 
 
 def family_of(args: ModelArgs) -> str:
-    """The released model that has this shape, or that it is a Llama of its own shape."""
+    """The name of the released model that has this shape, or "a Llama of its own shape"."""
     plain, scaled = _FAMILIES.get((args.dim, args.n_layers), (None, None))
     name = scaled if args.rope_scaling else plain
     if args.vocab_size in SENTENCEPIECE:

@@ -20,7 +20,7 @@ _BLOCK = 2**24  # numbers that are drawn at a time, each such block of rows by i
 
 
 class _Random(LazyTensor):
-    """Normal numbers of standard deviation `std` around `mean`, drawn in float32."""
+    """A tensor of normal numbers of standard deviation `std` around `mean`, drawn in float32."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Files of safetensors: a strict reader, which maps, and a writer, which streams.
 
 The format is 8 bytes of length, a JSON header, and the tensors' bytes without a gap. Knows no names
-of a model. The surprising thing: no package is needed, and what the format forbids (overlaps, gaps,
-offsets outside the file, a key twice) is refused before a tensor is looked at.
+of a model. What the format forbids (overlaps, gaps, offsets outside the file, a key twice) is
+refused before a tensor is looked at.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.source import LazyTensor, Part, cast, rows_of
+from llama.files.plain import check_file
 from llama.files.strict_json import parse_object
 
 _LARGEST_HEADER = 2**23  # bytes; the 405B has 200 kB
@@ -31,11 +32,11 @@ _NAMES = {dtype: name for name, dtype in (_DTYPES | _PACKED).items()}
 
 
 class Entry(NamedTuple):
-    """A tensor of a file: its dtype by the format's name, and the bytes start..stop of the file."""
+    """A tensor of a file, as its header describes it."""
 
-    dtype: str
+    dtype: str  # by the format's name
     shape: tuple[int, ...]
-    start: int
+    start: int  # of its bytes, from the beginning of the file
     stop: int
 
 
@@ -70,7 +71,7 @@ class Stored(LazyTensor):
 
 
 def open_file(file: Path) -> tuple[Tensor, dict[str, Entry]]:
-    """The mapped bytes of a file and what lies where; ValueError, naming the file, where broken."""
+    """Map a file and read its header; ValueError, naming the file, where it is broken."""
     entries = read_header(file)
     try:
         size = file.stat().st_size
@@ -81,20 +82,19 @@ def open_file(file: Path) -> tuple[Tensor, dict[str, Entry]]:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """What lies where in a file, in its order; every rule of the format checked."""
+    """Read which tensors a file has, in its order; every rule of the format is checked."""
     return _read_header(file)[0]
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """What a file says beside its tensors: texts by name, which are not looked at."""
+    """Read what a file says beside its tensors: texts by name, which are not looked at."""
     said = _read_header(file)[1]
     return said if isinstance(said, dict) else {}
 
 
 def _read_header(file: Path) -> tuple[dict[str, Entry], object]:
+    check_file(file)
     try:
-        if not file.is_file():
-            raise ValueError(f"{file}: is not a file")
         size = file.stat().st_size
         with file.open("rb") as stream:
             head = stream.read(8)
@@ -157,7 +157,7 @@ def _counts(numbers: object) -> bool:
 
 
 def _in_order(entries: Mapping[str, Entry], start: int, size: int) -> dict[str, Entry]:
-    """The entries by place; they fill the file from `start` to its end and nothing twice."""
+    """Sort the entries by their bytes, which must fill the file from `start` to its end once."""
     ordered = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
     at, before = start, "the header"
     for name, entry in ordered.items():
@@ -181,7 +181,7 @@ def stored(name: str, data: Tensor, entry: Entry, file: Path) -> Stored:
 
 
 def viewed(name: str, data: Tensor, entry: Entry, file: Path) -> Tensor:
-    """One tensor of a file, also of packed weights, as a view; a copy where it lies unaligned."""
+    """One tensor of a file, also of packed weights, as a view, or as a copy where unaligned."""
     dtype = (_DTYPES | _PACKED).get(entry.dtype)
     if dtype is None:
         known = ", ".join(_DTYPES | _PACKED)

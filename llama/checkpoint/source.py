@@ -1,8 +1,7 @@
 """What every format of weights yields: lazily read tensors by name, and what they belong to.
 
-Knows no file. The surprising thing: a tensor is never handed over whole unless asked;
-it comes as parts that are views of a mapped file or blocks made on the spot, and whoever wants it
-copies them to where they are to stay.
+Knows no format. A tensor comes as parts, which are views of a mapped file or blocks made on the
+spot, and whoever wants it whole copies them to where they are to stay.
 """
 
 from abc import ABC, abstractmethod
@@ -19,17 +18,18 @@ from llama.args import ModelArgs
 from llama.checkpoint.families import family_of
 from llama.names import shapes
 from llama.quantization.packed import Format
-from llama.text.llama2 import open_tokenizer
-from llama.tokenizer import TextTokenizer, Version
+from llama.text.choose import open_tokenizer
+from llama.tokenizer import Version
+from llama.tokenizer.protocols import TextTokenizer
 
 _BLOCK = 2**26  # bytes of a block of rows
 
 
 class Part(NamedTuple):
-    """A piece of a wanted range: it belongs at `offset` of dimension `dim` there."""
+    """A piece of a range of a tensor that was asked for."""
 
-    dim: int
-    offset: int
+    dim: int  # the dimension along which pieces follow each other
+    offset: int  # where it begins in that dimension of the range
     tensor: Tensor
 
 
@@ -42,10 +42,11 @@ class LazyTensor(ABC):
 
     @abstractmethod
     def parts(self, dim: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Part]:
-        """The range start..stop of dimension `dim` (None: to its end), a piece at a time."""
+        """Yield the range start..stop of dimension `dim` (None: to its end), a piece at a time."""
 
     def mapped(self, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor | None:
-        """That range where it is a stored tensor of a mapped file, all of it; None elsewhere."""
+        """The same range where it is the whole of a tensor stored in a mapped file; None
+        elsewhere."""
         return None
 
     def range_shape(self, dim: int, start: int, stop: int | None) -> tuple[int, ...]:
@@ -54,7 +55,7 @@ class LazyTensor(ABC):
         return (*self.shape[:dim], end - start, *self.shape[dim + 1 :])
 
     def read(self, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """That range as one tensor: a view where it lies in one piece, a copy otherwise."""
+        """The same range as one tensor: a view where it lies in one piece, a copy otherwise."""
         shape = self.range_shape(dim, start, stop)
         parts = self.parts(dim, start, stop)
         first = next(parts, None)
@@ -70,7 +71,7 @@ class LazyTensor(ABC):
 def rows_of(
     source: LazyTensor, dim: int = 0, start: int = 0, stop: int | None = None
 ) -> Iterator[Tensor]:
-    """The range start..stop of dimension `dim`, from its first row to its last, in small blocks."""
+    """Yield the range start..stop of dimension `dim`, from first row to last, in small blocks."""
     shape = source.range_shape(dim, start, stop)
     first = start if dim == 0 else 0
     step = max(1, _BLOCK // (prod(source.shape[1:]) * source.dtype.itemsize or 1))
@@ -80,7 +81,7 @@ def rows_of(
 
 
 def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes of `block` in `dtype`, on the CPU; ValueError where a number is too large for it."""
+    """The bytes of `block` in `dtype`, on the CPU; ValueError where a number is too large."""
     wanted = block.to("cpu", dtype).contiguous()
     narrows = dtype == torch.float16 and block.dtype != dtype
     if narrows and not torch.equal(wanted.isfinite(), block.to("cpu").isfinite()):
@@ -90,28 +91,23 @@ def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The weights of one model, not yet read.
-
-    `tensors` holds every name of `names.shapes`, except output.weight where args.tied. `skipped`
-    says of each tensor in the files that is not among them why. `path` is the folder that was
-    opened, None for random weights; `shards` the number of files; `dtype` that of the weights.
-    `stop_token_ids` and `chat_template` (in jinja) are what the files say beside the tokenizer's.
-    Where a format has types of its own, `stored` says which these are; where it brings a tokenizer
-    along, `tokenizer` makes it. `formats` are those of matrices that are stored packed, and are to
-    be run so.
-    """
+    """The weights of one model, not yet read."""
 
     args: ModelArgs
+    # every name of `names.shapes`, except output.weight where args.tied
     tensors: Mapping[str, LazyTensor] = field(repr=False)
-    dtype: torch.dtype
-    path: Path | None = None
-    shards: int = 1
+    dtype: torch.dtype  # of the weights
+    path: Path | None = None  # what was opened; None for random weights
+    shards: int = 1  # how many files
+    # why a tensor of the files is not among `tensors`, by its name
     skipped: Mapping[str, str] = field(default_factory=dict)
     tokenizer_path: Path | None = None
+    # what the files say beside the tokenizer's: further ends of an answer, and a template in jinja
     stop_token_ids: tuple[int, ...] = ()
     chat_template: str | None = field(default=None, repr=False)
-    stored: str = ""
-    tokenizer: Callable[[], TextTokenizer] | None = None
+    stored: str = ""  # which types the weights have in a format that has types of its own
+    tokenizer: Callable[[], TextTokenizer] | None = None  # makes the one that a format brings along
+    # of matrices that are stored packed, and are to be run so
     formats: Mapping[str, Format] = field(default_factory=dict, repr=False)
 
     @property
@@ -121,7 +117,8 @@ class Checkpoint:
 
     @property
     def version(self) -> Version:
-        """Which names the special tokens of a file of ranks have, for the file does not say."""
+        """The version that says how special tokens of a ranks file are called: the file does
+        not."""
         return "3.1" if self.args.rope_scaling else "3"
 
     def open_tokenizer(self, path: str | Path | None = None) -> TextTokenizer | None:

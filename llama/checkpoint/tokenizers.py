@@ -1,9 +1,8 @@
 """A tokenizer in other files: what is copied, what is written anew, and what no longer is the same.
 
-Knows the small files of each format and no tensor. The surprising thing: where a folder's own files
-go on to a folder of the same kind they are copied as they are, so that they say to every library
-what they said before; anything else is written anew, and whatever the new files cannot say is
-refused or named.
+Knows the small files of each format and no tensor. Where a folder's own files go on to a folder of
+the same kind they are copied as they are, so that they say to every library what they said before;
+anything else is written anew, and whatever the new files cannot say is refused or named.
 """
 
 import json
@@ -14,14 +13,16 @@ from typing import Any
 from llama.checkpoint.source import Checkpoint
 from llama.files.ranks import is_sentencepiece
 from llama.files.strict_json import parse_object, read_json
-from llama.text.added import AddedToken
-from llama.text.llama2 import SentencePieceTokenizer, tokenizer_files
+from llama.text.choose import choose_format, tokenizer_files
 from llama.text.metaspace import MetaspaceTokenizer
 from llama.text.piece_tokenizer import PieceTokenizer
-from llama.text.pieces import UNKNOWN, pieces_of
-from llama.text.templates import TemplateFormat, choose_format
+from llama.text.pieces import CONTROL, UNKNOWN, pieces_of
+from llama.text.sentencepiece import SentencePieceTokenizer
+from llama.text.templates import TemplateFormat
 from llama.text.tokenizer_json import ranks_file, tokenizer_json
-from llama.tokenizer import TextTokenizer, Tokenizer
+from llama.tokenizer import Tokenizer
+from llama.tokenizer.added import AddedToken
+from llama.tokenizer.protocols import TextTokenizer
 
 Texts = dict[str, dict[str, Any] | bytes]  # by name of file: JSON, or bytes as they are
 
@@ -115,7 +116,7 @@ def _check_pieces(tokenizer: MetaspaceTokenizer, data: bytes) -> None:
     own = dict(enumerate(pieces_of(data)))
     for word in tokenizer.added:
         piece = own.get(word.id)
-        control = piece is not None and piece.kind in (3, UNKNOWN)
+        control = piece is not None and piece.type in (CONTROL, UNKNOWN)
         if piece is None or piece.text != word.content or control != word.special:
             raise ValueError(
                 f"Meta's tokenizer.model cannot say that {word.content!r:.60} is the token "
@@ -123,11 +124,12 @@ def _check_pieces(tokenizer: MetaspaceTokenizer, data: bytes) -> None:
             )
 
 
-def check_around(tokenizer: TextTokenizer, where: str) -> None:
+def check_around(tokenizer: TextTokenizer, format: str) -> None:
+    """Raise ValueError where `format` cannot say what stands before and after a text."""
     bos, eos = (tokenizer.bos_id,), (tokenizer.eos_id,)
     if tokenizer.prefix not in ((), bos) or tokenizer.suffix not in ((), eos):
         raise ValueError(
-            f"{where} can say that a text begins with {bos[0]} and ends with {eos[0]}; this "
+            f"{format} can say that a text begins with {bos[0]} and ends with {eos[0]}; this "
             f"tokenizer puts {list(tokenizer.prefix)} before it and {list(tokenizer.suffix)} after"
         )
 
@@ -145,10 +147,11 @@ def sentencepiece_model(tokenizer: TextTokenizer) -> bytes:
     if not isinstance(tokenizer, PieceTokenizer):
         raise ValueError(f"{type(tokenizer).__name__} is no tokenizer of pieces and scores")
     data = b""
-    for text, score, kind in zip(tokenizer.pieces, tokenizer.scores, tokenizer.kinds, strict=True):
-        piece = _field(1, text.encode()) + _float(2, score) + _field(3, kind)
+    types = tokenizer.token_types
+    for text, score, token_type in zip(tokenizer.pieces, tokenizer.scores, types, strict=True):
+        piece = _field(1, text.encode()) + _float(2, score) + _field(3, token_type)
         data += _field(1, piece)
-    unknown = next((token for token, kind in enumerate(tokenizer.kinds) if kind == UNKNOWN), 0)
+    unknown = next((token for token, each in enumerate(types) if each == UNKNOWN), 0)
     trainer = {3: 2, 4: tokenizer.n_words, 35: 1, 40: unknown,  # BPE, size, byte_fallback, unk
                41: tokenizer.bos_id, 42: tokenizer.eos_id, 43: -1}  # fmt: skip
     normalizer = {3: int(tokenizer.add_space_prefix), 4: 0, 5: 1}
@@ -233,12 +236,14 @@ def _templates(checkpoint: Checkpoint) -> set[str]:
 
 
 def _is_reserved(word: AddedToken) -> bool:
-    """Llama 3 and 3.1 number these differently, and no text has them."""
+    """Whether it is a reserved token: Llama 3 and 3.1 number these differently, and no text has
+    them."""
     return word.content.startswith("<|reserved_special_token_")
 
 
 def _how(word: AddedToken, now: AddedToken | None) -> str:
-    """What is other with a word now. Whether it is normalized shows in the ids of a text."""
+    """How a word has changed; "" where it has not. Whether it is normalized shows in ids of
+    texts."""
     if now is None or now.content != word.content:
         return "is no added token"
     if now.special != word.special:
@@ -249,7 +254,7 @@ def _how(word: AddedToken, now: AddedToken | None) -> str:
 
 
 def _other_ids(before: TextTokenizer, after: TextTokenizer) -> str | None:
-    """A text that the two make other ids of, where one is soon found."""
+    """Find a text that the two encode differently, among a few that are tried."""
     words = [word.content for word in before.added if not word.special][:16]
     for text in (*_PROBES, *(f"a {word} b{word}c" for word in words)):
         try:

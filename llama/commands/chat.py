@@ -22,7 +22,7 @@ from llama.sampling import SamplingParams
 from llama.terminal.arguments import sentence
 from llama.terminal.lines import Terminal, Unseen
 from llama.text.conversation import Conversation
-from llama.tokenizer import IncrementalDecoder
+from llama.text.streaming import IncrementalDecoder
 
 # What /set knows: the field of SamplingParams, what it is read as, and whether it may be none.
 SETTINGS: dict[str, tuple[str, Callable[[str], float], bool]] = {
@@ -167,9 +167,9 @@ class Chat:
     # ---- answers
 
     def _answer(self) -> None:
-        """Answer the last turn, and keep what was said, also where it was stopped."""
+        """Answer the last message, and keep what was said, also where it was stopped."""
         self._make_room()
-        turn, began = self.talk.turns[-1], time.monotonic()
+        exchange, began = self.talk.exchanges[-1], time.monotonic()
         decoder, tokens, first = IncrementalDecoder(self.llama.tokenizer), 0, 0.0
         steps = self.answers.ask(self.talk.ids(), self.params)
         try:
@@ -186,22 +186,22 @@ class Chat:
             self._answered = True
             self.terminal.show(decoder.flush() + "\n")
         if tokens or request.finish_reason == "stop":
-            turn.answer = list(request.tokens)
+            exchange.answer = list(request.tokens)
         self._say_end(request)
         self.failed += request.finish_reason == "cancelled"  # nobody else would know through a pipe
         if self.terminal.interactive:
             self._say_speed(request, (first or now) - began, now - (first or now))
 
     def _make_room(self) -> None:
-        """Forget the oldest turns where an answer would not fit, so many that it is rarely done.
+        """Forget the oldest exchanges where an answer would not fit, so many that it is rare.
 
         An answer wants a quarter of the context, or max_gen_len where that is less. Forgetting goes
         down to half of the context: all that is left has to be run again.
         """
         wanted = min(self.params.max_tokens or self.room, max(1, self.room // 4))
-        least = len(self.talk.ids(len(self.talk.turns) - 1))
+        least = len(self.talk.ids(len(self.talk.exchanges) - 1))
         if least >= self.room:
-            self.talk.turns.pop()
+            self.talk.exchanges.pop()
             raise ValueError(
                 f"the message was not sent: with the system prompt it has {least} tokens, and the "
                 f"context of {self.room} must also hold an answer"
@@ -209,7 +209,7 @@ class Chat:
         if len(self.talk.ids()) + wanted > self.room and self.talk.forget(self.room // 2):
             self.terminal.note(
                 f"(too little of the context of {self.room} tokens is left: the model forgets "
-                f"the oldest {self.talk.forgotten} of {len(self.talk.turns)} messages and "
+                f"the oldest {self.talk.forgotten} of {len(self.talk.exchanges)} messages and "
                 "their answers)"
             )
 
@@ -264,12 +264,12 @@ class Chat:
 
     def _retry(self, rest: str) -> None:
         """/retry                 answer the last message again"""
-        if not self.talk.turns:
+        if not self.talk.exchanges:
             raise ValueError("there is no message yet that could be answered again")
         if self.params.temperature == 0 or self.params.seed is not None:
             fixed = "temperature is 0" if self.params.temperature == 0 else "seed is set"
             self.terminal.note(f"({fixed}: the answer will be the same)")
-        self.talk.turns[-1].answer = None
+        self.talk.exchanges[-1].answer = None
         self._answer()
 
     def _save(self, rest: str) -> None:
@@ -279,14 +279,14 @@ class Chat:
             raise ValueError(f"{path} is there already; choose another name")
         self.talk.save(path)
         self._own_files.add(path.resolve())
-        self.terminal.note(f"(written to {path}, messages: {len(self.talk.turns)})")
+        self.terminal.note(f"(written to {path}, messages: {len(self.talk.exchanges)})")
 
     def _load(self, rest: str) -> None:
         """/load FILE             go on with a conversation that was saved"""
         path = _path(rest, "/load")
         self.talk.load(path)
         self._own_files.add(path.resolve())
-        self.terminal.note(f"(read from {path}, messages: {len(self.talk.turns)})")
+        self.terminal.note(f"(read from {path}, messages: {len(self.talk.exchanges)})")
 
     def _set(self, rest: str) -> None:
         """/set NAME VALUE        such as /set temperature 0.2; without both: all of them"""
@@ -314,11 +314,11 @@ class Chat:
 
     def _tokens(self, rest: str) -> None:
         """/tokens                how much of the context is used"""
-        turns, forgotten = len(self.talk.turns), self.talk.forgotten
+        exchanges, forgotten = len(self.talk.exchanges), self.talk.forgotten
         used = len(self.talk.ids())
         self.terminal.note(
             f"({used} of {self.room} tokens are used, {self._left()} are left; system prompt: "
-            f"{self.talk.system_tokens}; messages: {turns}, forgotten: {forgotten})"
+            f"{self.talk.system_tokens}; messages: {exchanges}, forgotten: {forgotten})"
         )
 
     def _quit(self, rest: str) -> None:

@@ -21,8 +21,8 @@ from llama.loading.settings import CHUNK_ROWS, dtype_name
 from llama.parallel import Ranks
 from llama.quantization import check_ranks
 from llama.quantization.packed import Format
-from llama.text.llama2 import open_tokenizer
-from llama.tokenizer import TextTokenizer
+from llama.text.choose import open_tokenizer
+from llama.tokenizer.protocols import TextTokenizer
 
 
 class Report(NamedTuple):

@@ -35,7 +35,7 @@ class Rows:
 
 
 class Encoder:
-    """Whole documents to ids. What ChatFormat writes, but each role's header is encoded once."""
+    """Whole documents to ids, as ChatFormat writes them, but each role's header is encoded once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         chat = ChatFormat(tokenizer)
@@ -61,7 +61,7 @@ class Encoder:
 
 
 def rows(documents: Iterable[Dialog | str], encode: Encoder, tokens: int) -> Rows:
-    """The first documents that fill about `tokens` places, those beyond the context cut."""
+    """The first documents that fill about `tokens` tokens, cut where they exceed the context."""
     buckets: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in LENGTHS}
     filled = 0
     for document in documents:
@@ -85,7 +85,7 @@ def rows(documents: Iterable[Dialog | str], encode: Encoder, tokens: int) -> Row
 
 
 class Maker:
-    """Makes batch number i; a class, so that processes can be handed one."""
+    """Makes batch number i. It is a class, so that processes can be handed one."""
 
     def __init__(self, tokenizer_path: Path, seed: int, tokens: int) -> None:
         self.tokenizer_path, self.seed, self.tokens = tokenizer_path, seed, tokens

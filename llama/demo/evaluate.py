@@ -25,7 +25,8 @@ from llama.demo.world.corpus import ALL_KINDS, Question, held_out, held_out_text
 from llama.generation import Llama
 from llama.model import Transformer
 from llama.terminal.progress import progress
-from llama.tokenizer import Dialog, TextTokenizer, Tokenizer
+from llama.tokenizer import Dialog, Tokenizer
+from llama.tokenizer.protocols import TextTokenizer
 
 HERE = Path(__file__).parent
 COMPLETION_TOKENS, ANSWER_TOKENS = 16, 160

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from itertools import islice, pairwise
 from pathlib import Path
 
-import regex  # type: ignore[import-untyped]
+import regex
 
 from llama.demo.world.corpus import training_documents
 from llama.tokenizer import Tokenizer
@@ -35,19 +35,19 @@ def train_ranks(texts: Iterable[str], n_ranks: int) -> list[bytes]:
         if not piece.isdigit()
     ]
     frequency: Counter[Pair] = Counter()
-    where: defaultdict[Pair, set[int]] = defaultdict(set)
+    pieces_with: defaultdict[Pair, set[int]] = defaultdict(set)
     for i, (tokens, count) in enumerate(pieces):
         for pair in pairwise(tokens):
             frequency[pair] += count
-            where[pair].add(i)
+            pieces_with[pair].add(i)
     ranks = [bytes([byte]) for byte in range(256)]
     while len(ranks) < n_ranks:
         if not frequency:
             raise ValueError(f"the text yields {len(ranks)} ranks, {n_ranks} were asked for")
         best = min(frequency, key=lambda pair: (-frequency[pair], pair))
         ranks.append(best[0] + best[1])
-        for i in where.pop(best):
-            _merge(pieces[i][0], best, pieces[i][1], i, frequency, where)
+        for i in pieces_with.pop(best):
+            _merge(pieces[i][0], best, pieces[i][1], i, frequency, pieces_with)
         del frequency[best]
     return ranks
 
@@ -58,7 +58,7 @@ def _merge(
     count: int,
     index: int,
     frequency: Counter[Pair],
-    where: defaultdict[Pair, set[int]],
+    pieces_with: defaultdict[Pair, set[int]],
 ) -> None:
     """Join `pair` wherever it stands in one piece, and keep the table of pairs true."""
     for old in pairwise(tokens):
@@ -75,7 +75,7 @@ def _merge(
     tokens[:] = merged
     for new in pairwise(tokens):
         frequency[new] += count
-        where[new].add(index)
+        pieces_with[new].add(index)
 
 
 def train_tokenizer(path: Path, n_ranks: int, documents: int) -> None:

@@ -26,6 +26,7 @@ from llama.args import ModelArgs
 from llama.cache import Batch
 from llama.demo.batches import Maker, Rows, stream
 from llama.demo.tokenizer_training import train_tokenizer
+from llama.files.checklist import CHECKLIST, checklist
 from llama.model import Transformer
 from llama.parallel import local_device
 from llama.terminal.progress import progress
@@ -53,9 +54,9 @@ class _Loss(nn.Module):
             torch.from_numpy(x).to(device, non_blocking=True)
             for x in (data.inputs, data.targets, data.weights)
         )  # (N,)
-        places = [torch.arange(n, device=device) for n in sorted(set(data.counts))]
-        repeats = [data.counts.count(len(p)) for p in places]
-        positions = torch.cat([p.repeat(r) for p, r in zip(places, repeats, strict=True)])
+        ranges = [torch.arange(n, device=device) for n in sorted(set(data.counts))]
+        repeats = [data.counts.count(len(p)) for p in ranges]
+        positions = torch.cat([p.repeat(r) for p, r in zip(ranges, repeats, strict=True)])
         batch = Batch(data.counts, device=device)
         logits = self.model.forward_flat(inputs.long(), positions, batch)
         loss = F.cross_entropy(logits, targets.long(), reduction="none")  # (N,)
@@ -141,8 +142,8 @@ def write_checkpoint(weights: dict[str, Tensor], args: ModelArgs, out: Path) -> 
     torch.save(weights, out / FILES[0])
     params = PARAMS | {"vocab_size": args.vocab_size}
     (out / FILES[1]).write_text(json.dumps(params) + "\n", encoding="ascii")
-    sums = [f"{hashlib.md5((out / name).read_bytes()).hexdigest()}  {name}\n" for name in FILES]
-    (out / "checklist.chk").write_text("".join(sums), encoding="ascii")
+    sums = checklist({name: out / name for name in FILES})
+    (out / CHECKLIST).write_text(sums, encoding="ascii")
 
 
 def main(
@@ -162,13 +163,13 @@ def main(
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    where = local_device(device)
+    trained_on = local_device(device)
     tokenizer_path = folder / FILES[2]
     train_tokenizer(tokenizer_path, RANKS, tokenizer_documents)
     args = ModelArgs(**PARAMS, vocab_size=Tokenizer(tokenizer_path).n_words)  # type: ignore[arg-type]
     helpers = (os.cpu_count() or 1) - 1 if processes is None else processes
     batches = stream(Maker(tokenizer_path, seed, tokens), steps, helpers)
-    weights, losses = fit(args, batches, steps, where, seed, peak)
+    weights, losses = fit(args, batches, steps, trained_on, seed, peak)
     write_checkpoint(weights, args, folder)
     digest = hashlib.sha256((folder / FILES[0]).read_bytes()).hexdigest()
     print(f"loss {losses[0]:.3f} at first, {sum(losses[-10:]) / len(losses[-10:]):.3f} at last")

@@ -1,4 +1,4 @@
-"""Whether the files of a model are what its checklist says: MD5 or SHA-256, files side by side.
+"""Checklists of a model's files: whether the files are what one says, and writing one.
 
 Knows checklists in md5sum's format, as they come with Meta's weights; refuses to know what a
 checkpoint is: nothing here opens a tensor or imports torch. It runs on Python 3.9, for downloads
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,7 @@ from threading import Event, Lock
 
 from llama.terminal.progress import Advance, progress
 
+CHECKLIST = "checklist.chk"
 _BLOCK = 2**23  # bytes read at a time: large enough for any disk, small enough to stop soon
 _LINE = re.compile(r"(?P<digest>[0-9a-fA-F]+)[ \t]+\*?(?P<name>\S.*?)\s*")
 _ALGORITHMS = {32: "md5", 64: "sha256"}  # by hexadecimal digits
@@ -28,11 +29,11 @@ _ALGORITHMS = {32: "md5", 64: "sha256"}  # by hexadecimal digits
 class Listed:
     """A line of a checklist."""
 
-    name: str
-    digest: str
-    algorithm: str
-    checklist: str
-    line: int
+    name: str  # of the file
+    digest: str  # in hexadecimal digits
+    algorithm: str  # md5 or sha256
+    checklist: str  # the name of the checklist
+    line: int  # of it
 
 
 def verify(ckpt_dir: str | Path) -> list[str]:
@@ -45,7 +46,7 @@ def verify(ckpt_dir: str | Path) -> list[str]:
     """
     folder = _find_folder(Path(ckpt_dir))
     listed: dict[str, Listed] = {}
-    for path in sorted(folder.glob("*checklist.chk")):  # Llama 2 has one for the tokenizer too
+    for path in sorted(folder.glob(f"*{CHECKLIST}")):  # Llama 2 has one for the tokenizer too
         for entry in _within_folder(path):
             other = listed.setdefault(entry.name, entry)
             if other.digest != entry.digest:
@@ -77,10 +78,10 @@ def _find_folder(path: Path) -> Path:
         what = "is not a folder" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; the folder that holds checklist.chk is needed")
     for folder in (path, path / "original"):
-        if (folder / "checklist.chk").is_file():
+        if (folder / CHECKLIST).is_file():
             return folder
     raise FileNotFoundError(
-        f"{path / 'checklist.chk'} is missing, and without it there is nothing to compare with; "
+        f"{path / CHECKLIST} is missing, and without it there is nothing to compare with; "
         "Meta's downloads (download.sh) have one, and so do folders that convert, reshard and "
         "quantize write"
     )
@@ -184,3 +185,17 @@ def _check_file(path: Path, entry: Listed, count: Advance, stop: Event) -> str |
         f"{path} does not match: its {entry.algorithm.upper()} is {digest}, "
         f"{entry.checklist} says {entry.digest}; download it again"
     )
+
+
+# ---- writing
+
+
+def checklist(files: Mapping[str, Path], advance: Advance = lambda n: None) -> str:
+    """The text of a checklist of `files`, by name, in the format of md5sum, as Meta's downloads."""
+    return "".join(f"{file_digest(file, 'md5', advance)}  {name}\n" for name, file in files.items())
+
+
+def write_checklist(folder: Path, advance: Advance = lambda n: None) -> None:
+    """Write checklist.chk for the files of a folder."""
+    text = checklist({file.name: file for file in sorted(folder.iterdir())}, advance)
+    (folder / CHECKLIST).write_text(text, encoding="ascii")

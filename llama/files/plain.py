@@ -11,7 +11,8 @@ import stat
 def check_file(path: str | os.PathLike[str], largest: int | None = None) -> None:
     """Raise where `path` is not a file, or one of more than `largest` bytes.
 
-    FileNotFoundError where nothing is there, ValueError else. Whether it may be read is not asked.
+    FileNotFoundError where nothing is there, and ValueError else. Whether the file may be read is
+    not asked.
     """
     name = os.fspath(path)
     try:
@@ -27,4 +28,7 @@ def check_file(path: str | os.PathLike[str], largest: int | None = None) -> None
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{name} is not a file but a device or a pipe")
     if largest is not None and status.st_size > largest:
-        raise ValueError(f"{name}: has {status.st_size} bytes, and may have {largest}")
+        raise ValueError(
+            f"{name}: has {status.st_size} bytes, and may have {largest}: it is larger than "
+            f"{largest / 2**20:g} MiB"
+        )

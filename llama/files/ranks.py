@@ -8,22 +8,28 @@ for a gap would shift every special token.
 import base64
 import binascii
 import os
-import stat
 
 from tiktoken.load import read_file
+
+from llama.files.plain import check_file
 
 _LARGEST_FILE = 2**24  # bytes; Meta's has 2,183,982
 
 
 def read_bytes(path: str) -> bytes:
-    """A tokenizer file: a local path, an http(s) URL or a bucket that blobfile opens."""
+    """Read a tokenizer file: a local path, an http(s) URL or a bucket that blobfile opens."""
     try:
         if "://" not in path:
-            _check_file(path)
+            os.stat(path)  # raises where nothing is there, also behind a link
+            if os.path.isdir(path):
+                raise ValueError(
+                    f"{path} is a directory: give the path of the tokenizer.model in it"
+                )
+            check_file(path, _LARGEST_FILE)
         return read_file(path)
     except ValueError:
         raise
-    except Exception as error:  # blobfile's errors are of no kind, and requests' are OSErrors
+    except Exception as error:  # blobfile's errors have no common class, and requests' are OSErrors
         # requests' error for a page that is not there is an OSError with the server's answer
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, FileNotFoundError) or status == 404:
@@ -32,22 +38,11 @@ def read_bytes(path: str) -> bytes:
         raise ValueError(f"{path}: cannot be read: {why:.200}") from error
 
 
-def _check_file(path: str) -> None:
-    """ValueError for what reading would wait for, or would fill the memory with."""
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise ValueError(f"{path} is a directory: give the path of the tokenizer.model in it")
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is not a file but a device or a pipe")
-    if status.st_size > _LARGEST_FILE:
-        raise ValueError(f"{path} has {status.st_size} bytes, which no tokenizer has")
-
-
 def parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
-    """Ranks by token from lines `base64 rank`; the ranks are 0 .. n - 1, in any order of lines."""
+    """Read ranks by token from lines `base64 rank`; the ranks are 0 .. n - 1, in any order."""
     _check_not_another_format(data, path)
     ranks: dict[bytes, int] = {}
-    line_of: dict[int, int] = {}  # of a rank
+    line_of: dict[int, int] = {}  # by rank
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue

@@ -9,20 +9,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from llama.files.plain import check_file
+
 
 def read_json(file: Path, limit: int = 2**20) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes; ValueError names the file.
+    """Read the object in a JSON file of at most `limit` bytes; ValueError names the file.
 
     Raises FileNotFoundError where there is none.
     """
+    check_file(file, limit)
     try:
-        if file.exists() and not file.is_file():
-            raise ValueError("it is no file")
-        if file.stat().st_size > limit:
-            raise ValueError(f"it is larger than {limit / 2**20:g} MiB")
         return parse_object(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing") from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -30,7 +27,8 @@ def read_json(file: Path, limit: int = 2**20) -> dict[str, Any]:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """The object that `text` is, no key twice in any object of it; ValueError for anything else."""
+    """Parse an object of JSON, with no key twice in any object of it; ValueError for anything
+    else."""
     parsed = json.loads(text, object_pairs_hook=_once)
     if not isinstance(parsed, dict):
         raise ValueError(f"it needs to be an object of keys and values, is {parsed!r:.40}")

@@ -10,7 +10,7 @@ import torch
 
 from llama.args import ModelArgs
 from llama.sampling import plain_number
-from llama.tokenizer import TextTokenizer, spare_rows
+from llama.tokenizer.protocols import TextTokenizer, spare_rows
 
 CHUNK_ROWS = 2048  # tokens of a step at most: they fill a GPU, and take little memory
 DEFAULT_SEQ_LEN = 8192

@@ -1,7 +1,7 @@
 """int8, int4 and fp8 weights: what their bytes mean, how numbers become them, layers that compute.
 
-Knows linear layers and tables, not the Transformer, and no GPU's kernels. The surprising thing: it
-reads and writes no files; a packed matrix is the same on disk, on a CPU and on a GPU.
+Knows linear layers and tables, not the Transformer, and no GPU's kernels and no file: a packed
+matrix is the same on disk, on a CPU and on a GPU.
 """
 
 from llama.quantization.linear import QuantizedEmbedding, QuantizedLinear

@@ -1,8 +1,8 @@
 """Layers with packed weights: the same products as parallel.py's, from fewer bytes.
 
 Knows linear layers and tables, not the Transformer, and no kernel of its own: this is the plain
-path, right on every device, that kernels must agree with. The surprising thing: a product unpacks
-some rows of its matrix at a time, so that nothing as large as the unpacked matrix ever exists.
+path, right on every device, that kernels must agree with. A product unpacks some rows of its matrix
+at a time, so that nothing as large as the unpacked matrix ever exists.
 
 Letters: M rows of states, N outputs, K inputs, V rows of a table, D its columns.
 """
@@ -71,7 +71,7 @@ class QuantizedLinear(_Holder):
         return out if self.finish is None else self.finish(out)
 
     def product(self, x: Tensor) -> Tensor:
-        """What this rank's part of the matrix makes of x."""
+        """The product of x and this rank's part of the matrix."""
         if _torchs_own(self.packed, x):
             return int8_product(x, self.packed)
         return self._by_blocks(x, F.linear)
@@ -99,6 +99,7 @@ class QuantizedOutput(QuantizedLinear):
 
 
 def _torchs_own(packed: Packed, x: Tensor) -> bool:
+    """Whether torch's own int8 product takes x, and is faster."""
     few = 0 < x.numel() <= _FEW * x.shape[-1] and not x.requires_grad
     plain = x.device.type == "cpu" and x.dtype == torch.bfloat16 and packed.weight.is_contiguous()
     return plain and few and packed.weight.dtype == torch.int8
@@ -117,7 +118,7 @@ def int8_product(x: Tensor, packed: Packed) -> Tensor:
 
 
 class QuantizedEmbedding(_Holder):
-    """ids -> (..., D): rows are gathered, then unpacked. `start`: the first id of this rank."""
+    """ids -> (..., D): rows are gathered, then unpacked. `start` is the first id of this rank."""
 
     def __init__(
         self, packed: Packed, dtype: torch.dtype, start: int = 0, *, shared: bool = False
@@ -139,7 +140,7 @@ class QuantizedEmbedding(_Holder):
 
 
 def _gather(tensor: Tensor, ids: Tensor) -> Tensor:
-    """Rows of a tensor, also of float8, of which torch gathers none on some devices."""
+    """Gather rows of a tensor, also of float8, of which torch gathers none on some devices."""
     if tensor.dtype.itemsize == 1:
         return tensor.view(torch.uint8)[ids].view(tensor.dtype)
     return tensor[ids]

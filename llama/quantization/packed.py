@@ -1,8 +1,8 @@
 """Packed matrices: what the bytes of int8, fp8 and int4 weights say, and how they are cut.
 
 Knows the layouts, which kernels and files share; refuses to know how numbers were rounded. The
-surprising thing: groups of int4 that a cut would go through are said again as smaller ones, with
-the same scale and offset, so a cut never changes a value.
+surprising thing: groups of int4 that a cut would go through become smaller ones, with the same
+scale and offset, so a cut never changes a value.
 
 Letters: N rows (outputs), K columns (inputs), G consecutive inputs of a group.
 
@@ -32,10 +32,10 @@ GROUPS = (128, 64, 32, 16)
 
 @dataclass(frozen=True)
 class Format:
-    """How one matrix is packed: its kind, and for int4 the inputs of a group."""
+    """How one matrix is packed."""
 
-    kind: str
-    group: int = 0
+    kind: str  # one of KINDS
+    group: int = 0  # consecutive inputs that share scale and offset, of int4
 
     def __post_init__(self) -> None:
         assert self.kind in KINDS, self
@@ -70,11 +70,11 @@ class Packed(NamedTuple):
 
     weight: Tensor
     scale: Tensor
-    offset: Tensor | None = None
+    offset: Tensor | None = None  # of int4
 
     @staticmethod
     def zeros(format: Format, rows: int, columns: int, device: torch.device) -> "Packed":
-        """A matrix of zeros: also what pads a vocabulary."""
+        """A matrix of zeros, which also pads a vocabulary."""
         made = [
             torch.zeros(shape, dtype=torch.uint8 if dtype.itemsize == 1 else dtype, device=device)
             for shape, dtype in format.layout(rows, columns).values()
@@ -90,7 +90,7 @@ class Packed(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K) of the numbers it stands for."""
+        """The shape (N, K) of the numbers that it stands for."""
         rows, columns = self.weight.shape
         return rows, columns * (1 if self.offset is None else 2)
 
@@ -99,19 +99,21 @@ class Packed(NamedTuple):
         return sum(tensor.nbytes for tensor in self if tensor is not None)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Packed":
-        """`change` of every tensor of it; rows are the first dimension of all."""
+        """Apply `change` to weight, scale and offset, all of which have rows as their first
+        dimension."""
         return Packed(*(change(tensor) for tensor in self if tensor is not None))
 
     def rows(self, start: int, stop: int) -> "Packed":
         return self.each(lambda tensor: tensor[start:stop])
 
     def split(self, rows: Sequence[int]) -> list["Packed"]:
-        """Matrices that lie one below the other, as views."""
+        """Cut the rows into matrices of so many rows each, as views."""
         ends = [sum(rows[: i + 1]) for i in range(len(rows))]
         return [self.rows(end - n, end) for n, end in zip(rows, ends, strict=True)]
 
     def columns(self, start: int, stop: int) -> "Packed":
-        """Inputs start..stop: views, or with smaller groups where these do not fit."""
+        """Cut out inputs start..stop, as views, or with smaller groups where a cut goes through
+        one."""
         group = self.format.group
         if not group:
             return Packed(self.weight[:, start:stop], self.scale)
@@ -126,7 +128,7 @@ class Packed(NamedTuple):
         )
 
     def regrouped(self, group: int) -> "Packed":
-        """The same numbers of int4 in smaller groups."""
+        """The same numbers of an int4 matrix, in smaller groups."""
         assert self.offset is not None
         times = self.format.group // group
         return Packed(
@@ -136,7 +138,7 @@ class Packed(NamedTuple):
         )
 
     def codes(self) -> Tensor:
-        """q of int4 as uint8 (N, K/G, G)."""
+        """The codes q of an int4 matrix, uint8 (N, K/G, G)."""
         bytes_ = self.weight.view(len(self.weight), -1, self.format.group // 2)  # (N, K/G, G/2)
         return torch.cat((bytes_ & 15, bytes_ >> 4), -1)
 
@@ -150,13 +152,13 @@ class Packed(NamedTuple):
 
 
 def join_nibbles(codes: Tensor) -> Tensor:
-    """q (N, K/G, G), uint8, as the bytes (N, K/2) of int4."""
+    """Pack the codes q, uint8 (N, K/G, G), into the bytes (N, K/2) of an int4 matrix."""
     low, high = codes.chunk(2, -1)
     return (low | high << 4).flatten(1)
 
 
 def _floats(weight: Tensor) -> Tensor:
-    """int8 or float8 as float32. torch converts float8 a number at a time on a CPU.
+    """Convert int8 or float8 to float32. torch converts float8 a number at a time on a CPU.
 
     Its bits, moved into a float16, are its value / 256: both have their sign first, and the biases
     of their exponents, 7 and 15, differ by 8.

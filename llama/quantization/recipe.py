@@ -40,7 +40,7 @@ _MATRIX = re.compile(r"layers\.(\d+)\.(attention|feed_forward)\.w\w\.weight")
 
 
 def parse_recipe(recipe: Recipe) -> str | dict[str, str]:
-    """A recipe as it was given, or from the JSON of a command line; ValueError for anything else.
+    """Take a recipe as it was given, or from JSON; ValueError for anything else.
 
     Whether its layers are those of a model is not asked.
     """
@@ -106,7 +106,7 @@ def formats_of(recipe: Recipe, args: ModelArgs) -> dict[str, Format]:
 
 
 def _named(name: str, n_layers: int) -> dict[str, str]:
-    """The parts that a name stands for."""
+    """The parts of the recipe that a name stands for."""
     if name != "mixed":
         if name.startswith("int4"):
             return {"layers": name, "output": "int8", "embedding": "int8"}

@@ -1,8 +1,8 @@
 """Rounding: a matrix of floats to int8, fp8 or int4, with its scales.
 
-Knows one matrix at a time, on any device; what the bytes mean is in checkpoint/packed.py. The
-surprising thing: int4 does not take the range of a group as it is. Clipping the rare large numbers
-a little rounds all others finer; which clip is best is searched for each group, without data.
+Knows one matrix at a time, on any device; what the bytes mean is in packed.py. The surprising
+thing: int4 does not take the range of a group as it is. Clipping the rare large numbers a little
+rounds all others finer; which clip is best is searched for each group, without data.
 
 Letters: N rows (outputs), K columns (inputs), G consecutive inputs of a group.
 """
@@ -39,7 +39,7 @@ def quantize(matrix: Tensor, format: Format) -> Packed:
 
 
 def _by_row(block: Tensor, kind: str) -> Packed:
-    """int8 or fp8, to nearest, ties to even: the largest number of a row is the largest code."""
+    """Pack to int8 or fp8, to nearest, ties to even: a row's largest number is the largest code."""
     largest = 127.0 if kind == "int8" else torch.finfo(KINDS[kind]).max
     scale = block.abs().amax(1) / largest
     scale = torch.where(scale < _TINY, 1.0, scale)
@@ -77,8 +77,8 @@ def best_pair(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def range_pair(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset, as bfloat16 can say them, that spread the codes from `low` to `high`."""
-    return _said((high - low) / 15), _said(low)
+    """Scale and offset, rounded to bfloat16, that spread the codes from `low` to `high`."""
+    return _rounded((high - low) / 15), _rounded(low)
 
 
 class _Best:
@@ -95,7 +95,7 @@ class _Best:
         self.offset = torch.where(better, offset, self.offset)
 
 
-def _said(number: Tensor) -> Tensor:
+def _rounded(number: Tensor) -> Tensor:
     return number.bfloat16().float()
 
 
@@ -115,5 +115,5 @@ def _refit(numbers: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tens
     mean_code, mean = codes.mean(-1, keepdim=True), numbers.mean(-1, keepdim=True)
     codes -= mean_code
     spread = codes.square().sum(-1, keepdim=True)
-    slope = _said((codes * numbers).sum(-1, keepdim=True) / spread.clamp_min(1e-9))
-    return slope, _said(mean - slope * mean_code)
+    slope = _rounded((codes * numbers).sum(-1, keepdim=True) / spread.clamp_min(1e-9))
+    return slope, _rounded(mean - slope * mean_code)

@@ -8,8 +8,8 @@ the pair of lowest rank first, and then the ranks are all there is.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama.text.added import AddedToken
 from llama.tokenizer import Tokenizer
+from llama.tokenizer.added import AddedToken
 
 # The pattern as the released files write it, which is Tokenizer.pat_str in other words.
 PATTERN = (
@@ -35,24 +35,24 @@ def is_byte_level(spec: Mapping[str, Any]) -> bool:
     pre = spec.get("pre_tokenizer")
     steps = pre.get("pretokenizers") if isinstance(pre, dict) else None
     every = steps if isinstance(steps, list) else [pre]
-    kinds = [each.get("type") for each in every if isinstance(each, dict)]
+    types = [each.get("type") for each in every if isinstance(each, dict)]
     model = spec.get("model")
-    return "ByteLevel" in kinds or not (isinstance(model, dict) and model.get("byte_fallback"))
+    return "ByteLevel" in types or not (isinstance(model, dict) and model.get("byte_fallback"))
 
 
-def check_kind(spec: Mapping[str, Any]) -> None:
-    """ValueError where this is not byte-level BPE with Llama 3's pattern."""
+def check_byte_level(spec: Mapping[str, Any]) -> None:
+    """Raise ValueError where this is not byte-level BPE with Llama 3's pattern."""
     model = spec.get("model")
     if not isinstance(model, dict):
         raise ValueError("has no model")
-    kind = model.get("type", "BPE")
+    model_type = model.get("type", "BPE")
     if model.get("byte_fallback"):
         raise ValueError(
             "is the SentencePiece kind of Llama 1 and 2 (byte_fallback), and cuts text as Llama "
             "3's: put the tokenizer.model alone into the folder"
         )
-    if kind != "BPE":
-        raise ValueError(f"is of the kind {kind!r:.40}; byte-level BPE as in Llama 3 is read")
+    if model_type != "BPE":
+        raise ValueError(f"is of the kind {model_type!r:.40}; byte-level BPE as in Llama 3 is read")
     for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(f"has {key} {model[key]!r:.40}, which Llama 3's tokenizer has not")
@@ -112,7 +112,7 @@ def ranks_of(model: Mapping[str, Any], words: Mapping[str, AddedToken]) -> dict[
 
 
 def check_merges(merges: Sequence[object], vocab: Mapping[str, int]) -> set[str]:
-    """The tokens that merges make, which must come in the order of their ids."""
+    """The tokens that merges make; ValueError where these do not come in the order of their ids."""
     made: set[str] = set()
     last = -1
     for merge in merges:

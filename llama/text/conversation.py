@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.tokenizer import ChatFormat, DialogFormat, Message
+from llama.files.new_folder import new_files
+from llama.tokenizer import ChatFormat, Message
+from llama.tokenizer.protocols import DialogFormat
 
 
-def _without_ids(message: Any) -> Any:  # noqa: ANN401
+def _without_ids(message: Any) -> Any:
     """A message as it was said, without the ids that `save` wrote."""
     if not isinstance(message, Mapping):
         return message
@@ -23,20 +25,21 @@ def _without_ids(message: Any) -> Any:  # noqa: ANN401
 
 
 @dataclass
-class Turn:
-    """A message of the user, as ids from its header to its end, and the ids that answered it."""
+class Exchange:
+    """A message of the user, and the answer to it."""
 
     text: str
-    message: list[int]
-    answer: list[int] | None = None  # None: not answered yet
+    message: list[int]  # the ids of the text, from its header to its end
+    answer: list[int] | None = None  # ids; None: not answered yet
 
 
 class Conversation:
-    """A system prompt and turns. The first `forgotten` turns are kept, but no model sees them."""
+    """A system prompt and exchanges, of which the first `forgotten` are kept, but no model sees
+    them."""
 
     def __init__(self, formatter: DialogFormat, system: str | None = None) -> None:
         self.formatter = formatter
-        self.turns: list[Turn] = []
+        self.exchanges: list[Exchange] = []
         self.forgotten = 0
         self.set_system(system)
 
@@ -52,62 +55,63 @@ class Conversation:
 
     @property
     def system_tokens(self) -> int:
-        """How many ids stand before the first turn."""
+        """How many ids stand before the first exchange."""
         return len(self._start)
 
     def add(self, text: str) -> None:
         """A message of the user. It replaces one that was never answered."""
-        if self.turns and self.turns[-1].answer is None:
-            self.turns.pop()
+        if self.exchanges and self.exchanges[-1].answer is None:
+            self.exchanges.pop()
         said = Message(role="user", content=text)
         form = self.formatter
-        self.turns.append(
-            Turn(text, form.encode_message(said) if isinstance(form, ChatFormat) else [])
+        self.exchanges.append(
+            Exchange(text, form.encode_message(said) if isinstance(form, ChatFormat) else [])
         )
-        self.forgotten = min(self.forgotten, len(self.turns) - 1)
+        self.forgotten = min(self.forgotten, len(self.exchanges) - 1)
 
     def reset(self) -> None:
-        """Without turns, as at the beginning; the system prompt stays."""
-        self.turns.clear()
+        """Forget everything that was said; the system prompt stays."""
+        self.exchanges.clear()
         self.forgotten = 0
 
     def ids(self, forgotten: int | None = None) -> list[int]:
-        """All that the model sees: where the last turn waits for its answer, with its open header.
+        """All that the model sees, with the open header of the last answer where it is awaited.
 
-        `forgotten` turns are left out, by default as many as are.
+        `forgotten` exchanges are left out, by default as many as are.
         """
-        turns = self.turns[self.forgotten if forgotten is None else forgotten :]
+        exchanges = self.exchanges[self.forgotten if forgotten is None else forgotten :]
         if not isinstance(self.formatter, ChatFormat):
-            return self._rendered(turns)
+            return self._rendered(exchanges)
         header = self.formatter.encode_header({"role": "assistant", "content": ""})
         ids = list(self._start)
-        for turn in turns:
-            ids += turn.message + header
-            if turn.answer is not None:
-                ids += [*turn.answer, self.formatter.tokenizer.special_tokens["<|eot_id|>"]]
+        for exchange in exchanges:
+            ids += exchange.message + header
+            if exchange.answer is not None:
+                ids += [*exchange.answer, self.formatter.tokenizer.special_tokens["<|eot_id|>"]]
         return ids
 
-    def _rendered(self, turns: Sequence[Turn]) -> list[int]:
-        """The same by a template: the ids of the last answer as they are, earlier ones as text."""
-        if not turns:
+    def _rendered(self, exchanges: Sequence[Exchange]) -> list[int]:
+        """Like `ids` by a template: the ids of the last answer as they are, earlier ones as
+        text."""
+        if not exchanges:
             return list(self._start)
         dialog = [] if self.system is None else [Message(role="system", content=self.system)]
-        for turn in turns:
-            dialog.append(Message(role="user", content=turn.text))
-            if turn.answer is not None:
-                said = self.formatter.tokenizer.decode(turn.answer)
+        for exchange in exchanges:
+            dialog.append(Message(role="user", content=exchange.text))
+            if exchange.answer is not None:
+                said = self.formatter.tokenizer.decode(exchange.answer)
                 dialog.append(Message(role="assistant", content=said))
-        answered = turns[-1].answer
+        answered = exchanges[-1].answer
         waiting = dialog if answered is None else dialog[:-1]
         return self.formatter.encode_dialog_prompt(waiting) + (answered or [])
 
     def forget(self, length: int) -> int:
-        """Forget the oldest turns, but never the last, until `length` ids hold the rest.
+        """Forget the oldest exchanges, but never the last, until `length` ids hold the rest.
 
-        Returns how many turns were forgotten now.
+        Returns how many exchanges were forgotten now.
         """
         before = self.forgotten
-        while self.forgotten < len(self.turns) - 1 and len(self.ids()) > length:
+        while self.forgotten < len(self.exchanges) - 1 and len(self.ids()) > length:
             self.forgotten += 1
         return self.forgotten - before
 
@@ -119,18 +123,15 @@ class Conversation:
         messages: list[dict[str, Any]] = []
         if self.system is not None:
             messages.append({"role": "system", "content": self.system})
-        for turn in self.turns:
-            messages.append({"role": "user", "content": turn.text})
-            if turn.answer is not None:
-                content = self.formatter.tokenizer.decode(turn.answer)
-                messages.append({"role": "assistant", "content": content, "ids": turn.answer})
-        part = path.with_name(path.name + ".part")
-        try:
-            rows = ",\n".join(json.dumps(message, ensure_ascii=False) for message in messages)
-            part.write_text(f'{{"messages": [\n{rows}\n]}}\n', encoding="utf-8", errors="replace")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        for exchange in self.exchanges:
+            messages.append({"role": "user", "content": exchange.text})
+            if exchange.answer is not None:
+                content = self.formatter.tokenizer.decode(exchange.answer)
+                messages.append({"role": "assistant", "content": content, "ids": exchange.answer})
+        rows = ",\n".join(json.dumps(message, ensure_ascii=False) for message in messages)
+        text = f'{{"messages": [\n{rows}\n]}}\n'
+        with new_files(path.parent) as part:
+            part(path.name).write_text(text, encoding="utf-8", errors="replace")
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote, or any list of messages of that form.
@@ -150,7 +151,7 @@ class Conversation:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         self.set_system(loaded.system)
-        self.turns, self.forgotten = loaded.turns, 0
+        self.exchanges, self.forgotten = loaded.exchanges, 0
 
     def _parse(self, messages: Sequence[Any]) -> "Conversation":
         out = Conversation(self.formatter)
@@ -171,7 +172,7 @@ class Conversation:
             if wanted == "user":
                 out.add(message["content"])
             else:
-                out.turns[-1].answer = self._answer(message)
+                out.exchanges[-1].answer = self._answer(message)
         return out
 
     def _answer(self, message: Mapping[str, Any]) -> list[int]:

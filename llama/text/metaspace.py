@@ -12,34 +12,39 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
-from llama.text.added import AddedToken
-from llama.text.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, PieceText, merge
-from llama.tokenizer import check_id
+from llama.text.pieces import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    PieceText,
+    merge,
+)
+from llama.tokenizer.added import AddedToken
+from llama.tokenizer.protocols import check_id
 
 
 @dataclass(frozen=True)
 class Spaces:
-    """How spaces are written.
+    """How spaces are written."""
 
-    `before` is where one is put before a text: at each stretch between added words, at the text's
-    beginning only, or nowhere; `doubled` where the text begins with one itself; `normalized`:
-    before normalized words are looked for. `words`: no piece reaches over the beginning of a word.
-    `stripped`: decode takes the first space away.
-    """
-
+    # a space is put before each stretch between added words, before the first one only, or nowhere
     before: Literal["always", "first", "never"]
-    doubled: bool = False
-    normalized: bool = False
-    words: bool = False
-    stripped: bool = True
+    doubled: bool = False  # also where the text begins with a space itself
+    normalized: bool = False  # spaces are written before normalized words are looked for
+    words: bool = False  # no piece reaches over the beginning of a word
+    stripped: bool = True  # decode takes the first space away
 
 
 @dataclass(frozen=True)
 class Merges:
-    """Pieces by id, and pairs of them that become one, each with its rank."""
+    """A vocabulary of pieces, and pairs of them that become one."""
 
-    vocab: Mapping[str, int]
-    ranks: Mapping[tuple[str, str], int]
+    vocab: Mapping[str, int]  # ids
+    ranks: Mapping[tuple[str, str], int]  # the lowest is merged first
     whole: bool = False  # a text that is a piece is not made from others
     scores: Mapping[str, float] | None = None  # SentencePiece's, where they are known
 
@@ -96,13 +101,13 @@ class MetaspaceTokenizer(PieceText):
         return self.spaces.before != "never"
 
     @property
-    def kinds(self) -> list[int]:
-        kinds = dict.fromkeys(self.tokens, NORMAL) | dict.fromkeys(self._bytes, BYTE)
+    def token_types(self) -> list[int]:
+        token_types = dict.fromkeys(self.tokens, NORMAL) | dict.fromkeys(self._bytes, BYTE)
         for word in self.added:
-            kinds[word.id] = CONTROL if word.special else USER_DEFINED
+            token_types[word.id] = CONTROL if word.special else USER_DEFINED
         if self.unknown is not None:
-            kinds[self.unknown] = UNKNOWN
-        return [kinds.get(token, 5) for token in range(self.n_words)]
+            token_types[self.unknown] = UNKNOWN
+        return [token_types.get(token, UNUSED) for token in range(self.n_words)]
 
     @property
     def scores(self) -> list[float]:
@@ -140,13 +145,13 @@ class MetaspaceTokenizer(PieceText):
         doubled = self.spaces.doubled or not text.startswith(SPACE)
         return SPACE + text if wanted and doubled else text
 
-    def _text(self, text: str, *, begins: bool, barred: AbstractSet[str]) -> list[int]:
+    def _encode_part(self, text: str, *, begins: bool, hidden: AbstractSet[str]) -> list[int]:
         if not self.spaces.normalized:
             text = self._spaced(text, begins=begins)
         stretches = re.findall(f"{SPACE}?[^{SPACE}]*", text) if self.spaces.words else [text]
         ids: list[int] = []
         for stretch in filter(None, stretches):
-            ids += self._merged(stretch, barred)
+            ids += self._merged(stretch, hidden)
         return ids
 
     def _merged(self, text: str, hidden: AbstractSet[str]) -> list[int]:

@@ -1,9 +1,8 @@
 """SentencePiece's BPE from pieces and their scores alone, without its package or its model file.
 
 The ids are those of SentencePiece: pairs of neighbours become one piece, best score first; what is
-no piece becomes its bytes. Knows no file and no tensor. The surprising thing: as in llama2.py, a
-space is written before a text and taken away again by decode, so the first token of a text stands
-for other bytes than the same token later on.
+no piece becomes its bytes. Knows no file and no tensor. A space is written before a text and taken
+away again by decode, as in sentencepiece.py.
 
 The algorithm: Sennrich et al. 2016 (arXiv 1508.07909), as in SentencePiece (arXiv 1808.06226).
 """
@@ -13,7 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from llama.text.added import AddedToken, AddedWords
 from llama.text.pieces import (
     BYTE,
     CONTROL,
@@ -26,14 +24,14 @@ from llama.text.pieces import (
     merge,
     pieces_of,
 )
-from llama.text.pieces import fields as _fields  # noqa: F401
-from llama.tokenizer import check_id
+from llama.tokenizer.added import AddedToken, AddedWords
+from llama.tokenizer.protocols import check_id
 
 _UNKNOWN_TEXT = " ⁇ "  # what SentencePiece writes for it
 
 
 class PieceTokenizer(PieceText):
-    """Pieces with scores and kinds, by id.
+    """Pieces with scores and types, by id.
 
     Control pieces, such as "<s>", come out of text only where the caller allows them by name, and
     have no text.
@@ -43,7 +41,7 @@ class PieceTokenizer(PieceText):
         self,
         pieces: Sequence[str],
         scores: Sequence[float],
-        kinds: Sequence[int],
+        token_types: Sequence[int],
         *,
         bos_id: int,
         eos_id: int,
@@ -57,7 +55,7 @@ class PieceTokenizer(PieceText):
 
         Raises ValueError where bos or eos is no token, or a byte has no piece.
         """
-        self.pieces, self.scores, self.kinds = pieces, scores, kinds
+        self.pieces, self.scores, self.token_types = pieces, scores, token_types
         self.add_space_prefix = add_space_prefix
         self.bos_id, self.eos_id = bos_id, eos_id
         for name, token in (("begin", bos_id), ("end", eos_id)):
@@ -70,20 +68,22 @@ class PieceTokenizer(PieceText):
         self.suffix = tuple(suffix)
         self._learn(
             [
-                AddedToken(piece, token, special=kinds[token] == CONTROL)
+                AddedToken(piece, token, special=token_types[token] == CONTROL)
                 for token, piece in enumerate(pieces)
-                if kinds[token] in (CONTROL, USER_DEFINED) and piece
+                if token_types[token] in (CONTROL, USER_DEFINED) and piece
             ],
             {"bos_token": pieces[bos_id], "eos_token": pieces[eos_id]} if names is None else names,
             len(pieces),
         )
         self._mergeable = {
-            piece if kinds[token] != USER_DEFINED else piece.replace(" ", SPACE): token
+            piece if token_types[token] != USER_DEFINED else piece.replace(" ", SPACE): token
             for token, piece in enumerate(pieces)
-            if kinds[token] in (NORMAL, USER_DEFINED, UNUSED) and piece
+            if token_types[token] in (NORMAL, USER_DEFINED, UNUSED) and piece
         }
         self._score_of = {piece: -scores[token] for piece, token in self._mergeable.items()}
-        spelled = {pieces[token]: token for token in range(self.n_words) if kinds[token] == BYTE}
+        spelled = {
+            pieces[token]: token for token in range(self.n_words) if token_types[token] == BYTE
+        }
         names_of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
         lacking = next((name for name in names_of_bytes if name not in spelled), None)
         if lacking is not None or len(spelled) > 256:
@@ -92,18 +92,18 @@ class PieceTokenizer(PieceText):
         self._whole: dict[frozenset[str], AddedWords] = {}  # by what is barred
 
     @classmethod
-    def of_sentencepiece(cls, tokenizer: Any) -> "PieceTokenizer":  # noqa: ANN401
+    def of_sentencepiece(cls, tokenizer: Any) -> "PieceTokenizer":
         """The same tokenizer as one whose `model` is a SentencePieceProcessor."""
         model = getattr(tokenizer, "model", None)
         if model is None or not hasattr(model, "serialized_model_proto"):
             raise ValueError(f"{type(tokenizer).__name__} is no kind of tokenizer that GGUF knows")
-        kinds = [piece.kind for piece in pieces_of(model.serialized_model_proto())]
+        token_types = [piece.type for piece in pieces_of(model.serialized_model_proto())]
         size = model.vocab_size()
-        assert len(kinds) == size, (len(kinds), size)
+        assert len(token_types) == size, (len(token_types), size)
         return cls(
             [model.id_to_piece(token) for token in range(size)],
             [model.get_score(token) for token in range(size)],
-            kinds,
+            token_types,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             stop_tokens=tokenizer.stop_tokens,
@@ -112,12 +112,12 @@ class PieceTokenizer(PieceText):
 
     def token_bytes(self, token: int) -> bytes:
         token = check_id(token, max(self.n_words, self.rows))
-        if token >= self.n_words or self.kinds[token] == CONTROL:
+        if token >= self.n_words or self.token_types[token] == CONTROL:
             return b""
-        kind, piece = self.kinds[token], self.pieces[token]
-        if kind == BYTE:
+        token_type, piece = self.token_types[token], self.pieces[token]
+        if token_type == BYTE:
             return bytes.fromhex(piece[3:5])
-        return (_UNKNOWN_TEXT if kind == UNKNOWN else piece.replace(SPACE, " ")).encode()
+        return (_UNKNOWN_TEXT if token_type == UNKNOWN else piece.replace(SPACE, " ")).encode()
 
     def first_bytes(self, token: int) -> bytes:
         data = self.token_bytes(token)
@@ -139,22 +139,22 @@ class PieceTokenizer(PieceText):
             self._whole[key] = AddedWords(words)
         return self._whole[key]
 
-    def _text(self, text: str, *, begins: bool, barred: AbstractSet[str]) -> list[int]:
+    def _encode_part(self, text: str, *, begins: bool, hidden: AbstractSet[str]) -> list[int]:
         text = (" " * self.add_space_prefix + text).replace(" ", SPACE)
         symbols, fixed = [], []
-        for part in self._user_defined(barred).split(text):
+        for part in self._user_defined(hidden).split(text):
             if part.word is not None:
                 symbols.append(part.text)
                 fixed.append(True)
             else:
                 symbols += part.text
                 fixed += [False] * len(part.text)
-        hidden = {word.replace(" ", SPACE) for word in barred}
+        spelled = {word.replace(" ", SPACE) for word in hidden}
         ids: list[int] = []
         halves: dict[str, tuple[str, str]] = {}
         scores = self._score_of
         for symbol in merge(symbols, fixed, lambda a, b: scores.get(a + b), halves):
-            self._emit(symbol, halves, ids, hidden)
+            self._emit(symbol, halves, ids, spelled)
         return ids
 
     def _emit(
@@ -164,9 +164,9 @@ class PieceTokenizer(PieceText):
         ids: list[int],
         hidden: AbstractSet[str],
     ) -> None:
-        """The ids of a piece that came out: its own, those of its halves, or its bytes'."""
+        """Append the ids of a merged piece: its own, those of its halves, or those of its bytes."""
         token = self._mergeable.get(symbol)
-        if token is not None and self.kinds[token] != UNUSED and symbol not in hidden:
+        if token is not None and self.token_types[token] != UNUSED and symbol not in hidden:
             ids.append(token)
         elif symbol in halves:
             for half in halves[symbol]:

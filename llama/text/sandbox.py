@@ -55,8 +55,10 @@ class BoundedTemplate:
             raise ValueError(f"the template cannot be read: {_first_line(error)}") from error
 
     def render(self, values: Mapping[str, Any], *, size: int = 0, items: int = 0) -> str:
-        """What it writes for `values`, of which `size` characters in `items` lists or messages are
-        expected. ValueError with what it says where it raises, or with what it does too much of.
+        """Render `values`, of which `size` characters in `items` lists or messages are expected.
+
+        Raises ValueError with what the template says where it raises, or with what it does too much
+        of.
         """
         environment = self._environment
         make = environment.template_class.from_code
@@ -300,8 +302,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _replace(self, s: object, old: object, new: object, count: int | None = None) -> str:
         text, was, becomes = self._text(s), self._text(old), self._text(new)
-        places = text.count(was)
-        if places * len(becomes) > self.budget.size:
+        times = text.count(was)
+        if times * len(becomes) > self.budget.size:
             raise ValueError("it makes too large a value")
         return text.replace(was, becomes, -1 if count is None else count)
 
@@ -333,18 +335,18 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     # ---- what the sandbox asks
 
-    def wrap_str_format(self, value: Any) -> None:  # noqa: ANN401
+    def wrap_str_format(self, value: Any) -> None:
         """No str.format, then: its widths have no bounds."""
 
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:  # noqa: ANN401
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if attr.startswith("_"):
             return False
-        kind = next((kind for kind in _METHODS if isinstance(obj, kind)), None)
-        if kind is not None:
-            return attr in _METHODS[kind]
+        owner = next((each for each in _METHODS if isinstance(obj, each)), None)
+        if owner is not None:
+            return attr in _METHODS[owner]
         return super().is_safe_attribute(obj, attr, value)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self.budget.check(list(args), kwargs)
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name in ("join", "replace"):
@@ -359,7 +361,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _joined_by(self, d: str, values: Iterable[object]) -> str:
         return self._join(values, d)
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
         if operator == "+" and not numbers:
             self.budget.check(left, right)

@@ -5,28 +5,57 @@ thing: a piece is held back, token and all, while its text could still turn out 
 string; so tokens that only spelled a stop string are never seen by anybody.
 """
 
+import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from llama.tokenizer import IncrementalDecoder, TextTokenizer
+from llama.tokenizer.protocols import TextTokenizer
+
+
+class IncrementalDecoder:
+    """Ids to text one at a time, without breaking a character.
+
+    The pieces of `push` and the last `flush`, joined, are `tokenizer.decode` of all ids. With
+    begins=False they continue a text: they are what decode of both adds to decode of the former.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, *, begins: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._begins = self._at_start = begins
+
+    def push(self, token: int) -> str:
+        """Return the text that `token` completes; bytes of an unfinished character are held back.
+
+        A token without text ends a character, as SentencePiece does it; an id that no token has
+        is passed over.
+        """
+        data = self._tokenizer.token_bytes(token)
+        if token >= self._tokenizer.n_words:
+            return ""
+        if self._at_start and data:
+            data, self._at_start = self._tokenizer.first_bytes(token), False
+        return self._utf8.decode(data, final=not data)
+
+    def flush(self) -> str:
+        """Return what is held back, as U+FFFD. The decoder is then as new."""
+        self._at_start = self._begins
+        return self._utf8.decode(b"", final=True)
 
 
 @dataclass(frozen=True)
 class Piece:
     """One event of a stream: the prompt it belongs to, and what that prompt got.
 
-    `text` may be empty (a character is not complete yet) and may hold more than its token's text.
-    The last piece of a prompt, and only that, has a finish_reason: "stop" or "length"; its token
-    may be None. `logprob` is None unless asked for, and so are `top_logprobs`, the (id, logprob) of
-    the most probable tokens. A prompt that was refused has one piece, its answer, without a token.
+    A prompt that was refused has one piece, its answer, without a token.
     """
 
-    index: int
-    text: str
-    token: int | None = None
-    logprob: float | None = None
-    finish_reason: str | None = None
-    top_logprobs: list[tuple[int, float]] | None = None
+    index: int  # of the prompt
+    text: str  # may be empty, as of half a character, and may hold more than its token's text
+    token: int | None = None  # None for a last piece that only ends the prompt
+    logprob: float | None = None  # None unless asked for, as are top_logprobs
+    finish_reason: str | None = None  # of the last piece only: "stop" or "length"
+    top_logprobs: list[tuple[int, float]] | None = None  # (id, logprob) of the most probable tokens
 
 
 class AnswerText:
@@ -98,6 +127,8 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The strings of an option `stop`, one or several; ValueError where one is empty or no
+    string."""
     several = () if stop is None else (stop,) if isinstance(stop, str) else stop
     strings = tuple(several) if isinstance(several, Iterable) else ("",)
     if not all(isinstance(s, str) and s for s in strings):

@@ -1,11 +1,11 @@
-"""Chat templates, programs in jinja that come with a model: which is used, and what it makes.
+"""Chat templates, programs in jinja that come with a model, rendered and encoded.
 
-Ours, `ChatFormat`, is used wherever a template says the same; another is rendered. Knows dialogs
-and tokenizers, no model. The surprising thing: nothing in a message can become a control word, and
-there this library differs from transformers on purpose. Control words are special tokens, and added
-words that the template writes or that end a turn, special or not. In what is rendered, a mark
-stands at every character of a message with which one could begin, and a control word that has a
-mark in it is plain text. Other added words are their own tokens, in messages as anywhere.
+Knows dialogs and tokenizers, no model. The surprising thing: nothing in a message can become a
+control word, and there this library differs from transformers on purpose. Control words are special
+tokens, and added words that the template writes or that end a message, special or not. In what is
+rendered, a mark stands at every character of a message with which one could begin, and a control
+word that has a mark in it is plain text. Other added words are their own tokens, in messages as
+anywhere.
 """
 
 import re
@@ -14,11 +14,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from llama.text.added import AddedToken
-from llama.text.dialog import ROLES, Dialog, check_dialog, check_messages, check_role, has_more
-from llama.text.llama2 import chat_format
 from llama.text.sandbox import MARKS, BoundedTemplate
-from llama.tokenizer import DialogFormat, TextTokenizer, Tokenizer, control_words
+from llama.tokenizer.added import AddedToken
+from llama.tokenizer.dialog import ROLES, Dialog, check_dialog, check_messages, check_role, has_more
+from llama.tokenizer.protocols import TextTokenizer, control_words
 
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}"
@@ -34,7 +33,7 @@ LLAMA3_TEMPLATE = (
 # Whether two formats say the same is asked with these. White space around a text shows what is
 # stripped, and each role comes first, in the middle and last.
 _TEXTS = (" \n What is 2 + 2?\t\n", "Be brief.\n", "  4", "Und wörtlich?\n\n  »Vier« 🙂", "A" * 100)
-_PROBES: tuple[Dialog, ...] = tuple(
+PROBES: tuple[Dialog, ...] = tuple(
     [
         {"role": role, "content": _TEXTS[(index + shift) % len(_TEXTS)]}  # type: ignore[typeddict-item]
         for index, role in enumerate(roles)
@@ -51,48 +50,6 @@ _PROBES: tuple[Dialog, ...] = tuple(
         )
     )
 )
-
-
-def choose_format(
-    tokenizer: TextTokenizer, template: str | None, stop_token_ids: Collection[int] = ()
-) -> DialogFormat:
-    """The family's own format where there is no template, or one that says the same; else the
-    template.
-
-    `stop_token_ids` end an answer, besides the tokenizer's own. Raises ValueError where the
-    template is no template.
-    """
-    turns = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
-    known = not isinstance(tokenizer, Tokenizer) or turns <= {*tokenizer.special_tokens}
-    if template is None:
-        return chat_format(tokenizer) if known else NoFormat(tokenizer)
-    theirs = TemplateFormat(tokenizer, template, stop_token_ids)
-    if not known:
-        return theirs
-    ours = chat_format(tokenizer, theirs)
-    same = all(_same(ours, theirs, probe) for probe in _PROBES)
-    return ours if same and theirs.control <= {*tokenizer.special_tokens} else theirs
-
-
-def _same(ours: DialogFormat, theirs: DialogFormat, dialog: Dialog) -> bool:
-    try:
-        return ours.encode_dialog_prompt(dialog) == theirs.encode_dialog_prompt(dialog)
-    except ValueError:
-        return False
-
-
-class NoFormat:
-    """What stands where a model has no chat template and its tokenizer not Llama 3's turns."""
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        raise ValueError("this model has no chat template; use text_completion")
-
-    def encode_content(self, text: str) -> list[int]:
-        """Ids of the text of a message."""
-        return self.tokenizer.encode_plain(text, control_words(self.tokenizer))
 
 
 class TemplateFormat:
@@ -132,13 +89,13 @@ class TemplateFormat:
         # And names such as 'text', which it compares a message's values with.
         names = re.findall(r"""(['"])(\w+)\1""", self.template)
         self._names = frozenset(name for _, name in names) - {*control}
-        places = [*sorted(self._tags), *sorted(first)]
-        self._places = re.compile("|".join(map(re.escape, places)) or r"(?!)")
+        marked = [*sorted(self._tags), *sorted(first)]
+        self._to_mark = re.compile("|".join(map(re.escape, marked)) or r"(?!)")
 
     def _written(self, words: Collection[str]) -> set[str]:
         """Those of some words that the template writes for dialogs that have none of them."""
         found: set[str] = set()
-        for probe in _PROBES:
+        for probe in PROBES:
             try:
                 rendered = self._render(probe, self._marks(probe))
             except ValueError:
@@ -163,7 +120,7 @@ class TemplateFormat:
         `tools` and `documents` are what the template calls so. Raises ValueError naming the index
         of the message that is wrong, or with what the template says against the dialog.
         """
-        _check_turns(dialog)
+        _check_messages(dialog)
         given = {"tools": tools, "documents": documents}
         marks = self._marks([dialog, given])
         text, before, after = _unmarked(self._render(dialog, marks, **given), marks)
@@ -194,9 +151,9 @@ class TemplateFormat:
         def put(found: re.Match[str]) -> str:
             return marks[0] + found[0] if found[0] in self._tags else found[0] + marks[1]
 
-        return self._places.sub(put, content)
+        return self._to_mark.sub(put, content)
 
-    def _all_marked(self, value: Any, marks: str, of: str = "") -> Any:  # noqa: ANN401
+    def _all_marked(self, value: Any, marks: str, of: str = "") -> Any:
         """Plain values with marks in every text, but for names: keys, and what is `of` a key and
         written in the template, such as a type that it asks for."""
         if isinstance(value, str):
@@ -240,20 +197,20 @@ class TemplateFormat:
             raise ValueError(f"chat template: {error}") from error
 
 
-def _check_turns(dialog: object) -> None:
+def _check_messages(dialog: object) -> None:
     """ValueError where `dialog` is not a list of messages that a template may be given."""
     check_messages(dialog)
     assert isinstance(dialog, Sequence)
     for index, message in enumerate(dialog):
-        where = f"message {index} of the dialog: "
+        at = f"message {index} of the dialog: "
         said = message.get("content", "") if isinstance(message, Mapping) else ""
         if has_more([message]) and (said is None or isinstance(said, (str, list))):
-            check_role(message, ROLES["3.1"], where)
+            check_role(message, ROLES["3.1"], at)
             odd = next((key for key in message if not _is_plain(message[key])), None)
             if odd is None and (said or {*message} - {"role", "content"}):
                 continue
             if odd is not None:
-                raise ValueError(f"{where}{odd!r} is {message[odd]!r:.60}, which JSON cannot say")
+                raise ValueError(f"{at}{odd!r} is {message[odd]!r:.60}, which JSON cannot say")
         check_dialog([message], ROLES["3.1"], first=index)
 
 
@@ -289,13 +246,13 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def _unmarked(rendered: str, marks: str) -> tuple[str, list[int], list[int]]:
-    """The text without its marks, and the places in it where each of the two stood."""
+    """Take the marks out of a text: the text, and the positions in it of each of the two marks."""
     parts: list[str] = []
-    places: tuple[list[int], list[int]] = ([], [])
+    positions: tuple[list[int], list[int]] = ([], [])
     at = size = 0
     for found in re.finditer(f"[{marks}]", rendered):
         parts.append(rendered[at : found.start()])
         size += found.start() - at
-        places[marks.index(found[0])].append(size)
+        positions[marks.index(found[0])].append(size)
         at = found.end()
-    return "".join([*parts, rendered[at:]]), *places
+    return "".join([*parts, rendered[at:]]), *positions

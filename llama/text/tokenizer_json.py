@@ -1,35 +1,18 @@
-"""tokenizer.json, Hugging Face's description of a tokenizer: read, and written for Llama 3's kind.
+"""tokenizer.json, Hugging Face's description of a tokenizer, and Meta's ranks file, written.
 
-Knows no tensor. The surprising thing: reading it takes more than the one file, for the files beside
-it name and add tokens, see tokenizer_folder.py.
+Knows Llama 3's tokenizers and no tensor. tokenizer.json is read in tokenizer_folder.py, for the
+files beside it name and add tokens.
 """
 
 import base64
-from pathlib import Path
 from typing import Any, get_args
 
-from llama.text.byte_level import BYTE_OF, CHAR_OF, PATTERN, check_merges, merges_of
-from llama.text.tokenizer_folder import read_folder
-from llama.tokenizer import TextTokenizer, Tokenizer, Version, llama3_special_tokens
-
-__all__ = [
-    "BYTE_OF",
-    "CHAR_OF",
-    "check_merges",
-    "merges_of",
-    "ranks_file",
-    "read_tokenizer_json",
-    "tokenizer_json",
-]
-
-
-def read_tokenizer_json(file: Path) -> TextTokenizer:
-    """The tokenizer in tokenizer.json, with what the files beside it say, as `read_folder`."""
-    return read_folder(file)
+from llama.text.byte_level import CHAR_OF, PATTERN, merges_of
+from llama.tokenizer import Tokenizer, Version, llama3_special_tokens
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What tokenizer.json says for `tokenizer`: the same ids in Hugging Face's libraries.
+    """A tokenizer.json's content: what gives `tokenizer`'s ids in Hugging Face's libraries.
 
     There, special tokens are found in every text, and what stands before a text is put there.
     """
@@ -98,7 +81,8 @@ def _around(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def ranks_file(tokenizer: Tokenizer) -> bytes:
-    """Meta's tokenizer.model with the same ids; ValueError where Meta's format cannot say them."""
+    """The content of Meta's tokenizer.model with the same ids; ValueError where it cannot say
+    them."""
     count = len(tokenizer.ranks)
     known = [llama3_special_tokens(count, version) for version in get_args(Version)]
     if tokenizer.special_tokens not in known or len(tokenizer.added) > len(known[0]):

@@ -15,64 +15,64 @@ import torch
 from torch import Tensor
 
 
-class Kind(NamedTuple):
-    """A type of tensor: every `block` numbers take `size` bytes."""
+class GGMLType(NamedTuple):
+    """A type of GGUF's tensors, by ggml's name for it."""
 
     name: str
-    block: int
-    size: int
+    block: int  # how many numbers make a block
+    size: int  # bytes of a block
 
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-KINDS = {
-    0: Kind("F32", 1, 4),
-    1: Kind("F16", 1, 2),
-    2: Kind("Q4_0", 32, 18),
-    3: Kind("Q4_1", 32, 20),
-    6: Kind("Q5_0", 32, 22),
-    7: Kind("Q5_1", 32, 24),
-    8: Kind("Q8_0", 32, 34),
-    10: Kind("Q2_K", 256, 84),
-    11: Kind("Q3_K", 256, 110),
-    12: Kind("Q4_K", 256, 144),
-    13: Kind("Q5_K", 256, 176),
-    14: Kind("Q6_K", 256, 210),
-    16: Kind("IQ2_XXS", 256, 66),
-    17: Kind("IQ2_XS", 256, 74),
-    18: Kind("IQ3_XXS", 256, 98),
-    19: Kind("IQ1_S", 256, 50),
-    20: Kind("IQ4_NL", 32, 18),
-    21: Kind("IQ3_S", 256, 110),
-    22: Kind("IQ2_S", 256, 82),
-    23: Kind("IQ4_XS", 256, 136),
-    29: Kind("IQ1_M", 256, 56),
-    30: Kind("BF16", 1, 2),
+GGML_TYPES = {
+    0: GGMLType("F32", 1, 4),
+    1: GGMLType("F16", 1, 2),
+    2: GGMLType("Q4_0", 32, 18),
+    3: GGMLType("Q4_1", 32, 20),
+    6: GGMLType("Q5_0", 32, 22),
+    7: GGMLType("Q5_1", 32, 24),
+    8: GGMLType("Q8_0", 32, 34),
+    10: GGMLType("Q2_K", 256, 84),
+    11: GGMLType("Q3_K", 256, 110),
+    12: GGMLType("Q4_K", 256, 144),
+    13: GGMLType("Q5_K", 256, 176),
+    14: GGMLType("Q6_K", 256, 210),
+    16: GGMLType("IQ2_XXS", 256, 66),
+    17: GGMLType("IQ2_XS", 256, 74),
+    18: GGMLType("IQ3_XXS", 256, 98),
+    19: GGMLType("IQ1_S", 256, 50),
+    20: GGMLType("IQ4_NL", 32, 18),
+    21: GGMLType("IQ3_S", 256, 110),
+    22: GGMLType("IQ2_S", 256, 82),
+    23: GGMLType("IQ4_XS", 256, 136),
+    29: GGMLType("IQ1_M", 256, 56),
+    30: GGMLType("BF16", 1, 2),
 }
-NUMBER_OF = {kind.name: number for number, kind in KINDS.items()}
+NUMBER_OF = {ggml_type.name: number for number, ggml_type in GGML_TYPES.items()}
 
 
-def dequantize(data: Tensor, kind: Kind) -> Tensor:
-    """Rows of whole blocks, uint8 (rows, bytes), as float32 (rows, numbers).
+def dequantize(data: Tensor, ggml_type: GGMLType) -> Tensor:
+    """Unpack rows of whole blocks, uint8 (rows, bytes), to float32 (rows, numbers).
 
     Raises ImportError naming the extra where the type is a rare one and the gguf package is absent.
     """
-    unpack = _UNPACK.get(kind.name)
+    unpack = _UNPACK.get(ggml_type.name)
     if unpack is None:
-        return _by_package(data, kind)
-    return unpack(data.reshape(-1, kind.size)).view(len(data), -1)
+        return _by_package(data, ggml_type)
+    return unpack(data.reshape(-1, ggml_type.size)).view(len(data), -1)
 
 
-def _by_package(data: Tensor, kind: Kind) -> Tensor:
+def _by_package(data: Tensor, ggml_type: GGMLType) -> Tensor:
     try:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize as unpack
     except ImportError:
         raise ImportError(
-            f"weights of type {kind.name} are unpacked by the gguf package: "
+            f"weights of type {ggml_type.name} are unpacked by the gguf package: "
             "pip install -e '.[gguf]'"
         ) from None
-    return torch.from_numpy(unpack(data.numpy(), GGMLQuantizationType[kind.name]))
+    return torch.from_numpy(unpack(data.numpy(), GGMLQuantizationType[ggml_type.name]))
 
 
 # --- unpacking: blocks (n, bytes) to float32 (n, numbers) -----------------------------------------
@@ -84,9 +84,11 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 
 def _planes(data: Tensor, width: int, bits: int) -> Tensor:
-    """Numbers of `bits` bits: of each run of `width` bytes first all lowest, then the next, ...
+    """Unpack numbers of `bits` bits: of every `width` bytes first the lowest bits of all, then the
+    next ones, and so on.
 
-    (n, runs * width) -> uint8 (n, runs * 8 / bits, width). Shifts as many bytes at once as it can.
+    (n, groups * width) -> uint8 (n, groups * 8 / bits, width). Shifts as many bytes at once as it
+    can.
     """
     word, size = (torch.int64, 8) if width % 8 == 0 else (torch.uint8, 1)
     mask = int.from_bytes(bytes([2**bits - 1]) * size, "little")
@@ -179,7 +181,7 @@ _LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 
 
 
 def _levels(q: Tensor) -> Tensor:
-    """The numbers of IQ4's table that q (uint8, below 16) counts, as float32."""
+    """Look up q (uint8, below 16) in IQ4's table, as float32."""
     table = bytes(level % 256 for level in _LEVELS).ljust(256, b"\0")
     numbers = bytearray(q.numpy()).translate(table)  # the fastest of all ways to look up a byte
     return torch.frombuffer(numbers, dtype=torch.int8).view(q.shape).float()
@@ -218,10 +220,11 @@ _UNPACK: dict[str, Callable[[Tensor], Tensor]] = {
 # --- packing --------------------------------------------------------------------------------------
 
 
-def quantize(rows: Tensor, kind: Kind) -> Tensor:
-    """float32 (rows, numbers) as uint8 (rows, bytes): Q8_0 or Q4_0, rounded as ggml rounds."""
-    blocks = rows.reshape(-1, kind.block)
-    packed = _pack_q8_0(blocks) if kind.name == "Q8_0" else _pack_q4_0(blocks)
+def quantize(rows: Tensor, ggml_type: GGMLType) -> Tensor:
+    """Pack float32 (rows, numbers) to uint8 (rows, bytes), in Q8_0 or Q4_0, rounded as ggml
+    does."""
+    blocks = rows.reshape(-1, ggml_type.block)
+    packed = _pack_q8_0(blocks) if ggml_type.name == "Q8_0" else _pack_q4_0(blocks)
     return packed.view(len(rows), -1)
 
 

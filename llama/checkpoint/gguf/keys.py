@@ -32,7 +32,7 @@ _NAMES = {
     "ffn_norm": "ffn_norm",
 }
 _GLOBAL = ("token_embd", "output_norm", "output")
-_OTHER_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
+_GGUF_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
 
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -55,7 +55,7 @@ _REMARKS = ("tensor_data_layout",)  # how the converter's input lay, which its o
 _LARGEST = 2**31  # of any number: more is a mistake, and nothing may be counted up to it
 
 
-def our_name(theirs: str) -> str | None:
+def canonical_name(theirs: str) -> str | None:
     """The canonical name of a tensor; "" for one that is derived from others, None for unknown."""
     match = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,4})\.)?([a-z_]+)\.weight", theirs)
     if theirs == ROPE_FREQS or match is None:
@@ -68,12 +68,12 @@ def our_name(theirs: str) -> str | None:
     return f"{_NAMES[name]}.weight" if layer is None else f"layers.{layer}.{_NAMES[name]}.weight"
 
 
-def their_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     """The name of a canonical tensor in GGUF."""
     if not name.startswith("layers."):
-        return f"{_OTHER_NAMES[name.removesuffix('.weight')]}.weight"
-    _, layer, kind = name.removesuffix(".weight").split(".", 2)
-    return f"blk.{layer}.{_OTHER_NAMES[kind]}.weight"
+        return f"{_GGUF_NAMES[name.removesuffix('.weight')]}.weight"
+    _, layer, module = name.removesuffix(".weight").split(".", 2)
+    return f"blk.{layer}.{_GGUF_NAMES[module]}.weight"
 
 
 def model_args(
@@ -84,7 +84,7 @@ def model_args(
 ) -> ModelArgs:
     """ModelArgs of what the keys say about tensors of the shapes `found`, by canonical name.
 
-    factors: rope_freqs. `overrides` hold whatever the keys say.
+    `factors` is the tensor rope_freqs, if there is one. `overrides` hold whatever the keys say.
     """
     architecture = head.get("general.architecture", str)
     if architecture != "llama":
@@ -135,7 +135,7 @@ def model_args(
 
 
 def _check_keys(head: GGUFFile) -> None:
-    """Every key llama.* is known: one that is dropped could mean another model."""
+    """Raise ValueError for an unknown key llama.*: if dropped, it could mean another model."""
     for key, value in head.metadata.items():
         if not key.startswith("llama."):
             continue
@@ -155,7 +155,7 @@ def _whole(head: GGUFFile, key: str, default: int | None = None) -> int:
 
 
 def _positive(head: GGUFFile, key: str, default: float | None = None) -> float:
-    """A positive float32, as the decimal number that somebody wrote."""
+    """The value of a key, a positive float32, as the decimal number that somebody wrote."""
     value = head.get(f"llama.{key}", float, default)
     if not 0 < value < _LARGEST:
         raise ValueError(f"{head.path}: llama.{key} is {value}; it needs to be above 0")
@@ -166,16 +166,18 @@ def _positive(head: GGUFFile, key: str, default: float | None = None) -> float:
 
 
 def _scaling(head: GGUFFile, args: ModelArgs, factors: Tensor | None) -> RopeScaling | None:
-    kind = head.get("llama.rope.scaling.type", str, "none")
+    scaling_type = head.get("llama.rope.scaling.type", str, "none")
     factor = head.get("llama.rope.scaling.factor", float, 1.0)
-    if kind not in ("none", "linear") and factor != 1:
-        raise ValueError(f"{head.path}: rotary scaling of the kind {kind!r:.40} is not read")
+    if scaling_type not in ("none", "linear") and factor != 1:
+        raise ValueError(
+            f"{head.path}: rotary scaling of the kind {scaling_type!r:.40} is not read"
+        )
     pairs = args.head_dim // 2
     attention = _positive(head, "rope.scaling.attn_factor", 1.0)
     if factors is None:
-        if (kind == "none" or factor in (0, 1)) and attention == 1:
+        if (scaling_type == "none" or factor in (0, 1)) and attention == 1:
             return None
-        every = 1.0 if kind == "none" or factor == 0 else factor
+        every = 1.0 if scaling_type == "none" or factor == 0 else factor
         return RopeScaling(factors=(every,) * pairs, attention_factor=attention)
     if factors.shape != (pairs,):
         raise ValueError(
@@ -202,7 +204,7 @@ def _released(args: ModelArgs, factors: Tensor, original: int) -> RopeScaling | 
 
 
 def rope_factors(args: ModelArgs, scaling: RopeScaling) -> Tensor:
-    """By what each pair's frequency is divided (E/2,), float32."""
+    """The divisor of each rotary pair's frequency, float32 (E/2,)."""
     plain = rope_frequencies(ModelArgs(head_dim=args.head_dim, rope_theta=args.rope_theta))
     scaled = rope_frequencies(
         ModelArgs(head_dim=args.head_dim, rope_theta=args.rope_theta, rope_scaling=scaling)

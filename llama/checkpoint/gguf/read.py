@@ -20,7 +20,7 @@ from torch import Tensor
 from llama.args import ModelArgs
 from llama.checkpoint.gguf.blocks import PLAIN, dequantize
 from llama.checkpoint.gguf.header import MAGIC, GGUFFile, Stored, read_header
-from llama.checkpoint.gguf.keys import ROPE_FREQS, model_args, our_name, their_name
+from llama.checkpoint.gguf.keys import ROPE_FREQS, canonical_name, gguf_name, model_args
 from llama.checkpoint.gguf.tokenizer import read_tokenizer
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part
 from llama.names import shapes
@@ -29,23 +29,23 @@ _BLOCK = 2**18  # numbers that are unpacked at a time: what fits in a core's cac
 
 
 class _Rows(LazyTensor):
-    """A tensor of a mapped file: as it lies there, or unpacked some rows at a time, as float32."""
+    """A tensor of a mapped file: a view of it, or unpacked some rows at a time, as float32."""
 
     def __init__(self, stored: Stored, storage: torch.UntypedStorage) -> None:
-        self.shape, self.kind = stored.shape, stored.kind
-        plain = PLAIN.get(stored.kind.name)
+        self.shape, self.tensor_type = stored.shape, stored.tensor_type
+        plain = PLAIN.get(stored.tensor_type.name)
         self.dtype = plain or torch.float32
-        size = [*self.shape[:-1], self.shape[-1] // self.kind.block * self.kind.size]
+        size = [*self.shape[:-1], self.shape[-1] // self.tensor_type.block * self.tensor_type.size]
         data = torch.empty(0, dtype=torch.uint8)
         data = data.set_(storage, stored.offset, size)  # type: ignore[call-overload]
         self.data = data if plain is None else data.view(plain)
 
     def parts(self, dim: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Part]:
         stop = start + self.range_shape(dim, start, stop)[dim]
-        if self.kind.name in PLAIN:
+        if self.tensor_type.name in PLAIN:
             yield Part(dim, 0, self.data.narrow(dim, start, stop - start))
             return
-        block, size = self.kind.block, self.kind.size
+        block, size = self.tensor_type.block, self.tensor_type.size
         rows, columns = (start, stop), (0, self.shape[1])
         if dim == 1:
             rows, columns = (0, self.shape[0]), (start, stop)
@@ -54,11 +54,11 @@ class _Rows(LazyTensor):
         step = max(1, _BLOCK // max(1, (last - first) * block))
         for row in range(*rows, step):
             packed = self.data[row : min(row + step, rows[1]), first * size : last * size]
-            yield Part(0, row - rows[0], dequantize(packed, self.kind)[:, cut])
+            yield Part(0, row - rows[0], dequantize(packed, self.tensor_type)[:, cut])
 
     def mapped(self, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor | None:
         whole = self.range_shape(dim, start, stop) == self.shape
-        return self.data if whole and self.kind.name in PLAIN else None
+        return self.data if whole and self.tensor_type.name in PLAIN else None
 
 
 def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
@@ -80,7 +80,7 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     args = model_args(head, {n: s.shape for n, s in found.items()}, rope, overrides)
     _check_tensors(head, args, found)
     tensors = {name: _Rows(found[name], storages[found[name].file]) for name in found}
-    kinds = Counter(stored.kind.name for stored in found.values())
+    counts = Counter(stored.tensor_type.name for stored in found.values())
     if factors is not None:
         skipped[ROPE_FREQS] = "is what rope_scaling says"
     has_tokenizer = head.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
@@ -92,7 +92,7 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         path=path,
         shards=len(files),
         skipped=skipped,
-        stored=", ".join(f"{name} ({count})" for name, count in kinds.most_common()),
+        stored=", ".join(f"{name} ({count})" for name, count in counts.most_common()),
         tokenizer=(lambda: read_tokenizer(head)) if has_tokenizer else None,
         chat_template=template if isinstance(template, str) else None,
     )
@@ -136,7 +136,7 @@ def find_parts(path: Path) -> list[Path]:
     end = match[4] or ""
     parts = [path.with_name(f"{match[1]}-{n + 1:05}-of-{match[3]}{end}") for n in range(count)]
     for part in parts:
-        if not part.is_file():
+        if not os.path.lexists(part):
             raise FileNotFoundError(f"{part} is missing, of {count} files")
     return parts
 
@@ -145,7 +145,7 @@ def find_parts(path: Path) -> list[Path]:
 
 
 def _check_parts(files: Sequence[GGUFFile]) -> None:
-    """Every file says how many there are, and which of them it is."""
+    """Raise ValueError where a file says that it is another part, or of another number of parts."""
     for number, file in enumerate(files):
         says = file.get("split.no", int, 0), max(1, file.get("split.count", int, 1))
         if says != (number, len(files)):
@@ -168,7 +168,7 @@ def _named(files: Sequence[GGUFFile]) -> tuple[dict[str, Stored], dict[str, str]
     skipped: dict[str, str] = {}
     for file in files:
         for theirs, stored in file.tensors.items():
-            name = our_name(theirs)
+            name = canonical_name(theirs)
             if name is None:
                 raise ValueError(f"{file.path}: {theirs!r:.80} is no tensor that this model has")
             if name == "":
@@ -181,35 +181,36 @@ def _named(files: Sequence[GGUFFile]) -> tuple[dict[str, Stored], dict[str, str]
 
 
 def _check_tensors(head: GGUFFile, args: ModelArgs, found: Mapping[str, Stored]) -> None:
-    """Exactly the tensors of this model, each of its shape."""
+    """Raise ValueError where these are not exactly the tensors of this model, each of its shape."""
     wanted = shapes(args)
     missing = [name for name in wanted if name not in found]
     missing = [name for name in missing if not (args.tied and name == "output.weight")]
     for names, what in ((missing, "lacks"), (sorted(found.keys() - wanted), "does not need")):
         if names:
-            some = ", ".join(their_name(name) for name in names[:3])
+            some = ", ".join(gguf_name(name) for name in names[:3])
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"{head.path}: {what} {some}{more}")
     for name, stored in found.items():
         if stored.shape != wanted[name]:
             raise ValueError(
-                f"{stored.file}: {their_name(name)} is {stored.shape}, and its keys say "
+                f"{stored.file}: {gguf_name(name)} is {stored.shape}, and its keys say "
                 f"{wanted[name]}"
             )
-        _check_vector(stored, their_name(name))
+        _check_vector(stored, gguf_name(name))
 
 
 def _check_vector(stored: Stored, name: str) -> None:
-    if len(stored.shape) == 1 and stored.kind.name not in PLAIN:
+    if len(stored.shape) == 1 and stored.tensor_type.name not in PLAIN:
         raise ValueError(
-            f"{stored.file}: {name} is {stored.kind.name}; vectors are read in {', '.join(PLAIN)}"
+            f"{stored.file}: {name} is {stored.tensor_type.name}; vectors are read in "
+            f"{', '.join(PLAIN)}"
         )
 
 
 def _dtype(found: Mapping[str, Stored]) -> torch.dtype:
-    """What most of the weights are; quantized ones are run in bfloat16 unless asked otherwise."""
+    """The dtype of most weights; quantized ones are run in bfloat16 unless asked otherwise."""
     counts: Counter[torch.dtype] = Counter()
     for stored in found.values():
         if len(stored.shape) > 1:
-            counts[PLAIN.get(stored.kind.name, torch.bfloat16)] += math.prod(stored.shape)
+            counts[PLAIN.get(stored.tensor_type.name, torch.bfloat16)] += math.prod(stored.shape)
     return counts.most_common(1)[0][0]

@@ -12,12 +12,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from llama.checkpoint.gguf.header import Array, GGUFFile
-from llama.text.added import AddedToken
 from llama.text.byte_level import BYTE_OF, CHAR_OF, check_merges, merges_of
 from llama.text.metaspace import MetaspaceTokenizer
 from llama.text.piece_tokenizer import PieceTokenizer
 from llama.text.pieces import CONTROL, NORMAL, UNUSED, USER_DEFINED
-from llama.tokenizer import TextTokenizer, Tokenizer
+from llama.tokenizer import Tokenizer
+from llama.tokenizer.added import AddedToken
+from llama.tokenizer.protocols import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +44,15 @@ _WORDS = (CONTROL, USER_DEFINED)
 
 
 class Vocabulary(NamedTuple):
-    """The keys tokenizer.ggml.* as they are written: a token, its kind and its score by id."""
+    """The values of the keys tokenizer.ggml.* that are written."""
 
-    model: str
-    tokens: list[str]
-    kinds: list[int]
-    scores: list[float] | None
-    merges: list[str] | None
+    model: str  # "gpt2" for byte-level BPE, "llama" for SentencePiece's
+    tokens: list[str]  # by id, as are types and scores
+    token_types: list[int]
+    scores: list[float] | None  # of SentencePiece's
+    merges: list[str] | None  # of byte-level BPE
     ids: dict[str, int]  # by key, such as bos_token_id
-    add_space_prefix: bool | None
+    add_space_prefix: bool | None  # of SentencePiece's
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -71,11 +72,11 @@ def read_tokenizer(file: GGUFFile) -> TextTokenizer:
                 "(SentencePiece) are read: give tokenizer_path"
             )
         tokens = _strings(file, "tokens")
-        kinds = _numbers(file, "token_type", len(tokens)) or [NORMAL] * len(tokens)
+        token_types = _numbers(file, "token_type", len(tokens)) or [NORMAL] * len(tokens)
         times = Counter(tokens)
         while (
             tokens
-            and kinds[len(tokens) - 1] == UNUSED
+            and token_types[len(tokens) - 1] == UNUSED
             and (tokens[-1].startswith("[PAD") or times[tokens[-1]] > 1)
         ):
             times[tokens.pop()] -= 1  # fills the rows of a matrix that no token needs
@@ -83,7 +84,7 @@ def read_tokenizer(file: GGUFFile) -> TextTokenizer:
         if twice and twice[0][1] > 1:
             raise ValueError(f"the token {twice[0][0]!r:.60} comes twice in its vocabulary")
         make = _byte_level if model == "gpt2" else _pieces
-        tokenizer: TextTokenizer = make(file, tokens, kinds)
+        tokenizer: TextTokenizer = make(file, tokens, token_types)
     except ValueError as error:
         raise ValueError(f"{file.path}: {str(error).removeprefix(f'{file.path}: ')}") from error
     tokenizer.stated = True
@@ -98,7 +99,7 @@ def _strings(file: GGUFFile, key: str) -> list[str]:
 
 
 def _numbers(file: GGUFFile, key: str, count: int) -> list[int]:
-    """As many whole numbers as there are tokens, or none where the key is absent."""
+    """The list of a key, `count` whole numbers, or an empty one where the key is absent."""
     if f"tokenizer.ggml.{key}" not in file.metadata:
         return []
     values = file.get(f"tokenizer.ggml.{key}", Array).values()
@@ -122,19 +123,19 @@ def _id(file: GGUFFile, key: str, count: int) -> int | None:
     return None
 
 
-def _byte_level(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> Tokenizer:
+def _byte_level(file: GGUFFile, tokens: list[str], token_types: Sequence[int]) -> Tokenizer:
     ranks: dict[bytes, int] = {}
     added: dict[int, AddedToken] = {}
     made = {merge.replace(" ", "") for merge in _merges(file)}
-    for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False)):
+    for token, (text, token_type) in enumerate(zip(tokens, token_types, strict=False)):
         spelled = all(letter in BYTE_OF for letter in text)
-        if kind == NORMAL and not spelled:
+        if token_type == NORMAL and not spelled:
             raise ValueError(f"the token {text!r:.60} is not spelled byte by byte")
-        plain = kind == NORMAL or (kind == UNUSED and spelled)
+        plain = token_type == NORMAL or (token_type == UNUSED and spelled)
         if plain or (spelled and text in made):
             ranks[bytes([BYTE_OF[letter] for letter in text])] = token
         if not plain:
-            added[token] = AddedToken(text, token, special=kind != USER_DEFINED)
+            added[token] = AddedToken(text, token, special=token_type != USER_DEFINED)
     pre = file.get("tokenizer.ggml.pre", str, "" if _BEGIN in tokens else "default")
     if pre not in ("", *_LLAMA3):
         raise ValueError(
@@ -179,14 +180,14 @@ def _named(file: GGUFFile, tokens: Sequence[str]) -> tuple[dict[str, int | None]
 
 
 def _around(file: GGUFFile, bos: int | None, eos: int) -> tuple[list[int], list[int]]:
-    """What stands before and after a text, by the file."""
+    """The ids that stand before and after a text, as the file says."""
     before = file.get("tokenizer.ggml.add_bos_token", bool, True) and bos is not None
     after = file.get("tokenizer.ggml.add_eos_token", bool, False)
     return [bos] if before else [], [eos] if after else []  # type: ignore[list-item]
 
 
 def _stop_tokens(stops: set[int | None], special: Mapping[str, int]) -> set[int]:
-    """Without None, and with the token that became Llama 3.1's eom, which in 3 has no name."""
+    """`stops` without None, and with the token that became Llama 3.1's eom and has no name in 3."""
     found = {token for token in stops if token is not None}
     before = special.get("<|eot_id|>", 0) - 1
     reserved = {i for name, i in special.items() if name.startswith("<|reserved_special_token")}
@@ -206,12 +207,12 @@ def _check_merges(file: GGUFFile, tokens: list[str]) -> None:
     check_merges(_merges(file), {text: token for token, text in enumerate(tokens)})
 
 
-def _pieces(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> PieceTokenizer:
+def _pieces(file: GGUFFile, tokens: list[str], token_types: Sequence[int]) -> PieceTokenizer:
     scores = file.get("tokenizer.ggml.scores", Array).values()
     if len(scores) < len(tokens) or not all(type(score) is float for score in scores):
         raise ValueError(f"tokenizer.ggml.scores is no list of {len(tokens)} numbers")
     ids, names = _named(file, tokens)
-    known = {text: token for token, text in enumerate(tokens) if kinds[token] in _WORDS}
+    known = {text: token for token, text in enumerate(tokens) if token_types[token] in _WORDS}
     stops = {ids[key] for key in _STOP_KEYS} | {known.get(name) for name in _STOPS}
     bos = 1 if ids["bos_token_id"] is None else ids["bos_token_id"]
     eos = 2 if ids["eos_token_id"] is None else ids["eos_token_id"]
@@ -220,7 +221,7 @@ def _pieces(file: GGUFFile, tokens: list[str], kinds: Sequence[int]) -> PieceTok
     return PieceTokenizer(
         tokens,
         [float(score) for score in scores[: len(tokens)]],
-        list(kinds[: len(tokens)]),
+        list(token_types[: len(tokens)]),
         bos_id=bos,
         eos_id=eos,
         stop_tokens={token for token in stops if token is not None},
@@ -249,7 +250,7 @@ def vocabulary(tokenizer: TextTokenizer, size: int) -> Vocabulary:
         out = _scored(PieceTokenizer.of_sentencepiece(tokenizer))
     for token in range(len(out.tokens), size):
         out.tokens.append(f"[PAD{token}]")
-        out.kinds.append(UNUSED)
+        out.token_types.append(UNUSED)
         if out.scores is not None:
             out.scores.append(-10000.0)
     return out
@@ -259,7 +260,7 @@ def named_ids(
     said: Vocabulary, tokenizer: TextTokenizer, stops: Collection[int], size: int
 ) -> dict[str, int]:
     """The ids that a file names: what begins and ends a text, what templates call tokens, and under
-    eot and eom what else ends an answer, as far as there is place. Readers know Llama 3's by name,
+    eot and eom what else ends an answer, as far as there are keys. Readers know Llama 3's by name,
     so that these leave theirs to others."""
     ids = dict(said.ids)
     if not tokenizer.prefix and "bos_token" not in tokenizer.names:
@@ -283,9 +284,12 @@ def _spelled(tokenizer: Tokenizer) -> Vocabulary:
         rank: "".join(CHAR_OF[byte] for byte in token) for token, rank in tokenizer.ranks.items()
     }
     merges = merges_of({text: rank for rank, text in texts.items()})
-    kinds = dict.fromkeys(texts, NORMAL)
+    token_types = dict.fromkeys(texts, NORMAL)
     for word in tokenizer.added:
-        texts[word.id], kinds[word.id] = word.content, CONTROL if word.special else USER_DEFINED
+        texts[word.id], token_types[word.id] = (
+            word.content,
+            CONTROL if word.special else USER_DEFINED,
+        )
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     for key, name in (("eot_token_id", "<|eot_id|>"), ("eom_token_id", "<|eom_id|>")):
         if name in tokenizer.special_tokens:
@@ -294,7 +298,7 @@ def _spelled(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(
         "gpt2",
         [texts.get(n, f"[PAD{n}]") for n in order],
-        [kinds.get(n, UNUSED) for n in order],
+        [token_types.get(n, UNUSED) for n in order],
         None,
         merges,
         ids,
@@ -307,7 +311,7 @@ def _scored(tokenizer: PieceTokenizer | MetaspaceTokenizer) -> Vocabulary:
     return Vocabulary(
         "llama",
         list(tokenizer.pieces),
-        list(tokenizer.kinds),
+        list(tokenizer.token_types),
         list(tokenizer.scores),
         None,
         ids,

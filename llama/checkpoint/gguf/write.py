@@ -15,26 +15,27 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint.gguf.blocks import KINDS, NUMBER_OF, PLAIN, Kind, quantize
+from llama.checkpoint.gguf.blocks import GGML_TYPES, NUMBER_OF, PLAIN, GGMLType, quantize
 from llama.checkpoint.gguf.header import (
     ALIGNMENT,
     ARRAY,
     BOOL,
     FLOAT32,
-    FORMATS,
     INT32,
     MAGIC,
     STRING,
+    STRUCT_CODES,
     UINT32,
     VERSION,
 )
-from llama.checkpoint.gguf.keys import ROPE_FREQS, keys_of, rope_factors, their_name
+from llama.checkpoint.gguf.keys import ROPE_FREQS, gguf_name, keys_of, rope_factors
 from llama.checkpoint.gguf.tokenizer import named_ids, vocabulary
 from llama.checkpoint.source import Checkpoint, LazyTensor
 from llama.checkpoint.tokenizers import check_around
+from llama.files.new_folder import new_files
 from llama.terminal.progress import progress
 from llama.text.templates import LLAMA3_TEMPLATE
-from llama.tokenizer import TextTokenizer
+from llama.tokenizer.protocols import TextTokenizer
 
 Type = Literal["q8_0", "q4_0"]
 
@@ -44,13 +45,15 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cp
 
 
 class _Entry(NamedTuple):
-    name: str
+    """A tensor to be written."""
+
+    name: str  # GGUF's
     source: LazyTensor | Tensor
-    kind: Kind
+    tensor_type: GGMLType  # that it is written in
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.source.shape) // self.kind.block * self.kind.size
+        return math.prod(self.source.shape) // self.tensor_type.block * self.tensor_type.size
 
 
 def write_gguf(
@@ -81,55 +84,51 @@ def write_gguf(
     template = checkpoint.chat_template if chat_template is None else chat_template
     keys = _keys(checkpoint, wanted, tokenizer, template)
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
     total = sum(entry.nbytes for entry in entries)
-    try:
-        with (
-            part.open("wb") as file,
-            progress(f"writing {out.name}", total, unit="B", enabled=show_progress) as advance,
-        ):
-            file.write(_header(keys, entries))
-            for entry in entries:
-                _pad(file)
-                _write(file, entry, advance)
+    with (
+        new_files(out.parent) as part,
+        part(out.name).open("wb") as file,
+        progress(f"writing {out.name}", total, unit="B", enabled=show_progress) as advance,
+    ):
+        file.write(_header(keys, entries))
+        for entry in entries:
             _pad(file)
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+            _write(file, entry, advance)
+        _pad(file)
 
 
-def _wanted(dtype: torch.dtype, type: Type | None) -> Kind:
+def _wanted(dtype: torch.dtype, type: Type | None) -> GGMLType:
     names = {plain: name for name, plain in PLAIN.items()}
     if type is not None and type not in ("q8_0", "q4_0"):
         raise ValueError(f"type={type!r}: use 'q8_0' or 'q4_0', or None and a dtype")
     if dtype not in names:
         raise ValueError(f"dtype={dtype!r}: use torch.bfloat16, torch.float16 or torch.float32")
-    return KINDS[NUMBER_OF[type.upper() if type else names[dtype]]]
+    return GGML_TYPES[NUMBER_OF[type.upper() if type else names[dtype]]]
 
 
-def _entries(checkpoint: Checkpoint, wanted: Kind) -> Iterator[_Entry]:
+def _entries(checkpoint: Checkpoint, wanted: GGMLType) -> Iterator[_Entry]:
     """Every tensor under GGUF's name, in the type in which it is written."""
-    f32, f16, q8_0 = (KINDS[NUMBER_OF[name]] for name in ("F32", "F16", "Q8_0"))
+    f32, f16, q8_0 = (GGML_TYPES[NUMBER_OF[name]] for name in ("F32", "F16", "Q8_0"))
     scaling = checkpoint.args.rope_scaling
     if scaling is not None:
         yield _Entry(ROPE_FREQS, rope_factors(checkpoint.args, scaling), f32)
     for name, source in checkpoint.tensors.items():
         outer = name in ("tok_embeddings.weight", "output.weight")
-        kind = q8_0 if outer and wanted.name == "Q4_0" else wanted
+        tensor_type = q8_0 if outer and wanted.name == "Q4_0" else wanted
         if len(source.shape) == 1:
-            kind = f32
-        elif source.shape[1] % kind.block:
-            kind = f16
-        yield _Entry(their_name(name), source, kind)
+            tensor_type = f32
+        elif source.shape[1] % tensor_type.block:
+            tensor_type = f16
+        yield _Entry(gguf_name(name), source, tensor_type)
 
 
 # --- the header -----------------------------------------------------------------------------------
 
 
 def _keys(
-    checkpoint: Checkpoint, wanted: Kind, tokenizer: TextTokenizer | None, template: str | None
+    checkpoint: Checkpoint, wanted: GGMLType, tokenizer: TextTokenizer | None, template: str | None
 ) -> dict[str, bytes]:
-    """Every key with its type and value, packed."""
+    """Every key of the header with the bytes of its value type and value."""
     args = checkpoint.args
     keys = {
         "general.architecture": _text("llama"),
@@ -152,7 +151,9 @@ def _tokenizer_keys(
     keys = {
         "model": _text(said.model),
         "tokens": _list(STRING, [_string(token) for token in said.tokens]),
-        "token_type": _list(INT32, [struct.pack("<i", kind) for kind in said.kinds]),
+        "token_type": _list(
+            INT32, [struct.pack("<i", token_type) for token_type in said.token_types]
+        ),
         "add_bos_token": _number(BOOL, bool(tokenizer.prefix)),
         "add_eos_token": _number(BOOL, bool(tokenizer.suffix)),
     }
@@ -181,7 +182,7 @@ def _header(keys: dict[str, bytes], entries: Sequence[_Entry]) -> bytes:
         shape = entry.source.shape[::-1]  # fastest first
         parts.append(_string(entry.name))
         parts.append(struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
-        parts.append(struct.pack("<IQ", NUMBER_OF[entry.kind.name], offset))
+        parts.append(struct.pack("<IQ", NUMBER_OF[entry.tensor_type.name], offset))
         offset += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
     return b"".join(parts)
 
@@ -195,12 +196,12 @@ def _text(text: str) -> bytes:
     return struct.pack("<I", STRING) + _string(text)
 
 
-def _number(kind: int, value: int | float) -> bytes:
-    return struct.pack(f"<I{FORMATS[kind]}", kind, value)
+def _number(value_type: int, value: int | float) -> bytes:
+    return struct.pack(f"<I{STRUCT_CODES[value_type]}", value_type, value)
 
 
-def _list(kind: int, values: Sequence[bytes]) -> bytes:
-    return struct.pack("<IIQ", ARRAY, kind, len(values)) + b"".join(values)
+def _list(value_type: int, values: Sequence[bytes]) -> bytes:
+    return struct.pack("<IIQ", ARRAY, value_type, len(values)) + b"".join(values)
 
 
 # --- the tensors ----------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def _pad(file: BinaryIO) -> None:
 
 
 def _write(file: BinaryIO, entry: _Entry, advance: Callable[[int], object]) -> None:
-    """One tensor, a few rows at a time."""
+    """Write one tensor, a few rows at a time."""
     rows, numbers = entry.source.shape[0], math.prod(entry.source.shape[1:])
     step = max(1, _BLOCK // numbers)
     for start in range(0, rows, step):
@@ -227,14 +228,16 @@ def _write(file: BinaryIO, entry: _Entry, advance: Callable[[int], object]) -> N
 
 
 def _packed(block: Tensor, entry: _Entry) -> Tensor:
-    """Rows as they are written. ValueError where a number would become infinite."""
-    plain = PLAIN.get(entry.kind.name)
-    packed = quantize(block.float(), entry.kind) if plain is None else block.to(plain)
+    """Convert rows to the type that is written. Raises ValueError where a number would become
+    infinite."""
+    plain = PLAIN.get(entry.tensor_type.name)
+    packed = quantize(block.float(), entry.tensor_type) if plain is None else block.to(plain)
     narrow = packed if plain == torch.float16 else None
     if plain is None:  # the scale, at the beginning of each block
-        narrow = packed.view(-1, entry.kind.size)[:, :2].clone().view(torch.float16)
+        narrow = packed.view(-1, entry.tensor_type.size)[:, :2].clone().view(torch.float16)
     if narrow is not None and not narrow.isfinite().all() and block.isfinite().all():
         raise ValueError(
-            f"{entry.name} has numbers that {entry.kind.name} cannot hold: write another dtype"
+            f"{entry.name} has numbers that {entry.tensor_type.name} cannot hold: write another "
+            "dtype"
         )
     return packed

@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's files, added to the weights as they are read.
 
 W + scale * B A (Hu et al. 2021, arXiv 2106.09685), in float32 and a tile at a time, where W may be
-a whole matrix of the adapter's own. What its settings come to is read in lora_config.py. The
+a whole matrix of the adapter's own. What its settings come to is read in adapter_config.py. The
 surprising thing: products are always of the same tiles of a matrix, whatever part of it is read, so
 that the sum does not depend on how many ranks share it.
 
@@ -31,7 +31,7 @@ _PREFIX = "base_model.model."
 
 
 class Merged(LazyTensor):
-    """`base` and `scale` times the product of `b` (O, R) and `a` (R, I), in float32."""
+    """The sum of `base` and `scale` times the product of `b` (O, R) and `a` (R, I), in float32."""
 
     dtype = torch.float32
 
@@ -54,7 +54,7 @@ class Merged(LazyTensor):
                 yield Part(part.dim, part.offset + low, self._add(piece, at[0], at[1]))
 
     def _add(self, piece: Tensor, row: int, column: int) -> Tensor:
-        """`piece` of the base, which begins at (row, column), with what belongs to it added."""
+        """Add to `piece` of the base, which begins at (row, column), its part of the product."""
         out = piece.to(torch.float32, copy=True)
         rows, columns = row + out.shape[0], column + out.shape[1]
         for top in range(row // _TILE * _TILE, rows, _TILE):
@@ -69,13 +69,15 @@ class Merged(LazyTensor):
 
 
 class _Pair(NamedTuple):
+    """The two matrices that an adapter adds to one weight."""
+
     a: Tensor  # (R, I)
     b: Tensor  # (O, R)
-    scale: float
+    scale: float  # of their product
 
 
 def merge_adapter(checkpoint: Checkpoint, folder: str | Path) -> Checkpoint:
-    """`checkpoint` with the adapter in `folder` added, as its tensors are read.
+    """Add the adapter in `folder` to `checkpoint`, as its tensors are read.
 
     Where embeddings and output are one matrix and the adapter changes only one of them, they are
     two in the result. Raises FileNotFoundError or ValueError, naming file and cause, for an adapter
@@ -131,14 +133,14 @@ def _untied(
 
 
 def hf_module(name: str) -> str:
-    """The last part of a module's name there, by which settings call it."""
+    """The last part of a module's name in Hugging Face's files, which the settings use."""
     return hf_name(name).removesuffix(".weight").rsplit(".")[-1]
 
 
 def _read(
     file: Path, args: ModelArgs, settings: Settings
 ) -> tuple[dict[str, _Pair], dict[str, LazyTensor]]:
-    """Pairs in float32, and whole tensors, by canonical names, rows in the canonical order."""
+    """Read pairs in float32, and whole tensors, by canonical names, rows in the canonical order."""
     data, entries = open_file(file)
     sizes = shapes(args)
     canonical = {f"{_PREFIX}{hf_name(name).removesuffix('.weight')}": name for name in sizes}

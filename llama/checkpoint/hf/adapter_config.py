@@ -1,6 +1,6 @@
 """adapter_config.json, PEFT's description of an adapter: read to the letter.
 
-Knows which settings come to LoRA as lora.py adds it, and refuses all others by name; knows no
+Knows which settings come to LoRA as adapter.py adds it, and refuses all others by name; knows no
 tensor. The surprising thing: rank and scale may differ by module, and which is meant is said by
 patterns, which are a stranger's regular expressions; only such are run as end soon.
 """
@@ -44,7 +44,7 @@ _PATTERN = re.compile(r"(?!.*\)[*+?])(?:[\w.|()\[\]\-^$]|\\[.wd]|[*+](?!.*[*+].*
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What an adapter's settings come to."""
+    """The settings of an adapter, as adapter.py uses them."""
 
     rank: int
     alpha: float
@@ -55,7 +55,7 @@ class Settings:
     keeps_ties: bool = False
 
     def of(self, module: str) -> tuple[int, float]:
-        """Rank and scale of a module, by its name there."""
+        """Rank and scale of a module, by its name in Hugging Face's files."""
         rank = self.ranks.get(_matching(self.ranks, module), self.rank)
         alpha = self.alphas.get(_matching(self.alphas, module), self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.stabilized else rank)
@@ -67,10 +67,11 @@ def _matching(patterns: Mapping[str, object], module: str) -> str:
 
 
 def read_settings(file: Path) -> Settings:
-    """Raises ValueError, naming the file, for a setting that the formula has no place for."""
+    """Read adapter_config.json. Raises ValueError, naming the file, for a setting that means more
+    than adding a scaled product."""
     config = read_json(file)
     try:
-        _check_kind(config)
+        _check_settings(config)
         rank, alpha = config.get("r"), config.get("lora_alpha", 8)
         if not isinstance(config.get("use_rslora", False), bool):
             raise ValueError(f"use_rslora is {config['use_rslora']!r:.40}")
@@ -92,7 +93,7 @@ def read_settings(file: Path) -> Settings:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _check_kind(config: Mapping[str, Any]) -> None:
+def _check_settings(config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"is of peft_type {config.get('peft_type')!r:.40}; LORA is read")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
@@ -127,11 +128,11 @@ def _alpha(key: str, alpha: object) -> float:
     return alpha
 
 
-def _pattern(config: Mapping[str, Any], kind: str) -> Mapping[str, object]:
+def _pattern(config: Mapping[str, Any], what: str) -> Mapping[str, object]:
     """Values by patterns of module names; ValueError for a pattern that could take for ever."""
-    said = config.get(f"{kind}_pattern") or {}
+    said = config.get(f"{what}_pattern") or {}
     if not isinstance(said, dict):
-        raise ValueError(f"{kind}_pattern is {said!r:.60}, no object of patterns")
+        raise ValueError(f"{what}_pattern is {said!r:.60}, no object of patterns")
     for pattern in said:
         try:
             if len(pattern) > 500 or not _PATTERN.fullmatch(pattern):
@@ -139,6 +140,6 @@ def _pattern(config: Mapping[str, Any], kind: str) -> Mapping[str, object]:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"{kind}_pattern has the pattern {pattern!r:.80}, which is not read: {error}"
+                f"{what}_pattern has the pattern {pattern!r:.80}, which is not read: {error}"
             ) from None
     return said

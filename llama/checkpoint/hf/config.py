@@ -59,14 +59,14 @@ _QUANTIZED = {
 
 
 def read_config(file: Path, overrides: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, Any]]:
-    """ModelArgs of config.json with `overrides` for some of its fields, and all that it says.
+    """Read config.json: ModelArgs, with `overrides` for some fields, and everything that it says.
 
     Raises ValueError, naming the file and the key, for another architecture, quantized weights, or
     a computation that this model does not do.
     """
     config = read_json(file)
     try:
-        _check_kind(config)
+        _check_plain(config)
         params = _numbers(config) | {"rope_theta": theta_of(config)}
         if "rope_scaling" not in overrides:
             head_dim = params.get("head_dim", params["dim"] // params["n_heads"])
@@ -82,13 +82,13 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> tuple[ModelArgs, di
     return make_args(params | dict(overrides), file), config
 
 
-def _check_kind(config: Mapping[str, Any]) -> None:
+def _check_plain(config: Mapping[str, Any]) -> None:
     """ValueError where these are not plain weights of a LlamaForCausalLM."""
-    kind, classes = config.get("model_type"), config.get("architectures")
+    model_type, classes = config.get("model_type"), config.get("architectures")
     named = classes if isinstance(classes, list) and classes else ["LlamaForCausalLM"]
-    if kind != "llama" or named not in (["LlamaForCausalLM"], ["LlamaModel"]):
+    if model_type != "llama" or named not in (["LlamaForCausalLM"], ["LlamaModel"]):
         raise ValueError(
-            f"is of model_type {kind!r:.40}, architectures {classes!r:.80}; 'llama' and "
+            f"is of model_type {model_type!r:.40}, architectures {classes!r:.80}; 'llama' and "
             "LlamaForCausalLM are read"
         )
     quantization = config.get("quantization_config")
@@ -105,7 +105,7 @@ def _check_kind(config: Mapping[str, Any]) -> None:
 
 
 def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelArgs but for the rotary ones."""
+    """The fields of ModelArgs but for the rotary ones."""
     config = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
     values: dict[str, Any] = {}
     for key, field in _INTS.items():
@@ -123,7 +123,7 @@ def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ffn_terms(dim: int, hidden: int) -> dict[str, Any]:
-    """multiple_of and ffn_dim_multiplier from which Meta's code derives this hidden size."""
+    """Find multiple_of and ffn_dim_multiplier from which Meta's code derives this hidden size."""
     base = int(2 * 4 * dim / 3)
     for multiple, factor in _MULTIPLES:
         if -(-int((factor or 1) * base) // multiple) * multiple == hidden:

@@ -8,6 +8,7 @@ Letters: H heads, E head size, D columns.
 """
 
 import logging
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -58,19 +59,20 @@ def hf_name(name: str) -> str:
     stem = name.removesuffix(".weight")
     if stem in _MODEL:
         return f"{_MODEL[stem]}.weight"
-    _, layer, kind = stem.split(".", 2)
-    return f"model.layers.{layer}.{_LAYER[kind]}.weight"
+    _, layer, module = stem.split(".", 2)
+    return f"model.layers.{layer}.{_LAYER[module]}.weight"
 
 
 def rotary_heads(name: str, args: ModelArgs) -> int:
-    """How many heads have their rows in the other order there; 0: none, the rows are the same."""
+    """How many heads a tensor has whose rows stand in another order in these files; 0 for none."""
     if not name.endswith(_ROTATED):
         return 0
     return args.n_heads if name.endswith(_ROTATED[0]) else args.n_kv_heads
 
 
 class Reordered(LazyTensor):
-    """Rows of each head from halves to interleaved pairs (`to_pairs`), or back."""
+    """A tensor whose rows of each head go from halves to interleaved pairs (`to_pairs`), or
+    back."""
 
     def __init__(self, source: LazyTensor, heads: int, *, to_pairs: bool) -> None:
         self.source, self.to_pairs = source, to_pairs
@@ -94,7 +96,7 @@ class Reordered(LazyTensor):
 
 
 def reorder(rows: Tensor, head_size: int, *, to_pairs: bool) -> Tensor:
-    """Rows (H E, D) of whole heads from halves to interleaved pairs, or back; always a copy."""
+    """Copy rows (H E, D) of whole heads from halves to interleaved pairs, or back."""
     split = (2, head_size // 2) if to_pairs else (head_size // 2, 2)
     heads = rows.reshape(-1, *split, *rows.shape[1:])
     return heads.transpose(1, 2).clone(memory_format=torch.contiguous_format).view(rows.shape)
@@ -103,12 +105,12 @@ def reorder(rows: Tensor, head_size: int, *, to_pairs: bool) -> Tensor:
 # --- the folder -----------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies."""
+class _Located(NamedTuple):
+    """A tensor in one of the files."""
 
     file: Path
-    data: Tensor
-    entry: Entry
+    data: Tensor  # all bytes of the file, mapped
+    entry: Entry  # which of them are the tensor's
 
 
 def open_hf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
@@ -120,16 +122,16 @@ def open_hf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     """
     config_file = path / "config.json"
     args, config = read_config(config_file, overrides)
-    files, stored_places = _open_files(path, ["lm_head.weight"] if args.tied else [])
+    files, stored_there = _open_files(path, ["lm_head.weight"] if args.tied else [])
     whole = files[0] if len(files) == 1 else path / INDEX
-    places = _by_their_names(stored_places, whole)
-    if args.tied and not _is_tied(places, whole):
+    located = _by_hf_name(stored_there, whole)
+    if args.tied and not _is_tied(located, whole):
         args = replace(args, tied=False)
-    skipped = _account(args, places, whole)
+    skipped = _account(args, located, whole)
     tensors = {
-        name: _tensor(name, shape, args, places[hf_name(name)], config_file)
+        name: _tensor(name, shape, args, located[hf_name(name)], config_file)
         for name, shape in shapes(args).items()
-        if hf_name(name) in places and hf_name(name) not in skipped
+        if hf_name(name) in located and hf_name(name) not in skipped
     }
     dtype = tensors["layers.0.attention.wq.weight"].dtype
     said = str(config.get("dtype") or config.get("torch_dtype") or dtype).removeprefix("torch.")
@@ -149,8 +151,10 @@ def open_hf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def _open_files(path: Path, needless: Collection[str] = ()) -> tuple[list[Path], dict[str, _Place]]:
-    """All files of weights, and what lies in them by its name there.
+def _open_files(
+    path: Path, needless: Collection[str] = ()
+) -> tuple[list[Path], dict[str, _Located]]:
+    """Open all files of weights, and locate every tensor by its name in them.
 
     Files may be links to anywhere, as in the hub's cache: only names are kept to the folder. What
     is `needless` an index may name although no file holds it.
@@ -160,17 +164,15 @@ def _open_files(path: Path, needless: Collection[str] = ()) -> tuple[list[Path],
     else:
         weight_map = _read_index(path / INDEX)
         files = [path / name for name in sorted(set(weight_map.values()))]
-    missing = [file for file in files if not file.exists()]
+    missing = [file for file in files if not os.path.lexists(file)]
     if missing:
-        if missing[0].is_symlink():
-            check_file(missing[0])  # says where it leads to
         other = "; weights in pickles (*.bin) are not read" if any(path.glob("*.bin")) else ""
         raise FileNotFoundError(f"{missing[0]} is missing{other}")
-    places: dict[str, _Place] = {}
+    located: dict[str, _Located] = {}
     for file in files:
         data, entries = open_file(file)
         if weight_map is not None:
-            said = {name for name, place in weight_map.items() if place == file.name}
+            said = {name for name, holder in weight_map.items() if holder == file.name}
             odd = sorted(said ^ entries.keys())
             odd = [name for name in odd if name in entries or name not in needless]
             if odd:
@@ -178,8 +180,8 @@ def _open_files(path: Path, needless: Collection[str] = ()) -> tuple[list[Path],
                 raise ValueError(
                     f"{path / INDEX} and {file.name} differ in {odd[0]:.80}, which is {where}"
                 )
-        places |= {name: _Place(file, data, entry) for name, entry in entries.items()}
-    return files, places
+        located |= {name: _Located(file, data, entry) for name, entry in entries.items()}
+    return files, located
 
 
 def _read_index(file: Path) -> dict[str, str]:
@@ -187,10 +189,10 @@ def _read_index(file: Path) -> dict[str, str]:
     weight_map = read_json(file, _LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{file}: has no weight_map")
-    for name, place in weight_map.items():
-        if not isinstance(place, str) or not re.fullmatch(r"[\w\-][\w\-.]*\.safetensors", place):
+    for name, holder in weight_map.items():
+        if not isinstance(holder, str) or not re.fullmatch(r"[\w\-][\w\-.]*\.safetensors", holder):
             raise ValueError(
-                f"{file}: says that {name:.80} lies in {place!r:.80}, which is no name of a "
+                f"{file}: says that {name:.80} lies in {holder!r:.80}, which is no name of a "
                 "safetensors file in this folder"
             )
     return weight_map
@@ -200,21 +202,21 @@ _OURS = re.compile(r"(?:model\.){0,2}((?:layers\.\d+|embed_tokens|norm|rotary_em
 _HEAD = re.compile(r"(?:model\.)?(lm_head\.weight)")
 
 
-def _by_their_names(places: Mapping[str, _Place], file: Path) -> dict[str, _Place]:
-    """The places by the names of LlamaForCausalLM, which transformers finds with one "model." more
+def _by_hf_name(located: Mapping[str, _Located], file: Path) -> dict[str, _Located]:
+    """The tensors by the names of LlamaForCausalLM, which transformers finds with one "model." more
     or less than they have; ValueError, naming it, for any other prefix of all of them."""
-    named: dict[str, _Place] = {}
-    found = False
-    for name, place in places.items():
+    named: dict[str, _Located] = {}
+    ours_found = False
+    for name, tensor in located.items():
         ours, head = _OURS.fullmatch(name), _HEAD.fullmatch(name)
         theirs = f"model.{ours[1]}" if ours else head[1] if head else name
-        found = found or ours is not None
+        ours_found = ours_found or ours is not None
         if theirs in named:
             raise ValueError(f"{file}: holds {theirs:.80} under two names, one of them {name:.80}")
-        named[theirs] = place
-    if found:
+        named[theirs] = tensor
+    if ours_found:
         return named
-    for name in sorted(places):
+    for name in sorted(located):
         match = re.fullmatch(r"(.+?)(?:model\.)?(?:layers\.\d+|embed_tokens|norm)\..+", name)
         if match:
             raise ValueError(
@@ -225,9 +227,9 @@ def _by_their_names(places: Mapping[str, _Place], file: Path) -> dict[str, _Plac
     return named
 
 
-def _account(args: ModelArgs, places: Mapping[str, _Place], file: Path) -> dict[str, str]:
-    """What is skipped, and why; ValueError for a tensor too many or too few."""
-    layers = {name.split(".")[2] for name in places if name.startswith("model.layers.")}
+def _account(args: ModelArgs, located: Mapping[str, _Located], file: Path) -> dict[str, str]:
+    """The reasons why tensors are skipped, by name; ValueError for a tensor too many or too few."""
+    layers = {name.split(".")[2] for name in located if name.startswith("model.layers.")}
     if len(layers) != args.n_layers:
         raise ValueError(
             f"{file}: holds {len(layers)} layers, and config.json says num_hidden_layers "
@@ -237,12 +239,12 @@ def _account(args: ModelArgs, places: Mapping[str, _Place], file: Path) -> dict[
     head = "lm_head.weight"
     if args.tied:
         wanted -= {head}
-    missing, unknown = sorted(wanted - places.keys()), []
+    missing, unknown = sorted(wanted - located.keys()), []
     if missing:
         tie = ", and config.json does not say tie_word_embeddings" if missing == [head] else ""
         raise ValueError(f"{file}: lacks {', '.join(missing[:3]):.200}{tie}")
     skipped: dict[str, str] = {}
-    for name in sorted(places.keys() - wanted):
+    for name in sorted(located.keys() - wanted):
         reason = next((why for key, why in _SKIPPED.items() if re.fullmatch(key, name)), None)
         if args.tied and name == head:
             reason = "equals model.embed_tokens.weight, to which it is tied"
@@ -257,17 +259,17 @@ def _account(args: ModelArgs, places: Mapping[str, _Place], file: Path) -> dict[
     return skipped
 
 
-def _is_tied(places: Mapping[str, _Place], file: Path) -> bool:
+def _is_tied(located: Mapping[str, _Located], file: Path) -> bool:
     """Whether output and embeddings, which config.json ties, are the same numbers in whatever
     bytes; where they are not, both are used, as transformers does."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    if not all(name in places for name in names):
+    if not all(name in located for name in names):
         return True
-    head, table = (places[name] for name in names)
+    head, table = (located[name] for name in names)
     bits = [each.data[each.entry.start : each.entry.stop] for each in (head, table)]
     if head.entry.dtype == table.entry.dtype and torch.equal(*bits):
         return True
-    here, there = (stored(name, places[name].data, places[name].entry, file) for name in names)
+    here, there = (stored(name, located[name].data, located[name].entry, file) for name in names)
     rows = here.shape[0] if here.shape == there.shape else 0
     blocks = ((row, min(row + 1024, rows)) for row in range(0, rows, 1024))
     if rows and all(
@@ -283,12 +285,12 @@ def _is_tied(places: Mapping[str, _Place], file: Path) -> bool:
 
 
 def _tensor(
-    name: str, shape: tuple[int, ...], args: ModelArgs, place: _Place, config: Path
+    name: str, shape: tuple[int, ...], args: ModelArgs, found: _Located, config: Path
 ) -> LazyTensor:
-    tensor = stored(hf_name(name), place.data, place.entry, place.file)
+    tensor = stored(hf_name(name), found.data, found.entry, found.file)
     if tensor.shape != shape:
         raise ValueError(
-            f"{place.file}: {hf_name(name)} is {tensor.shape}, and should be {shape} by "
+            f"{found.file}: {hf_name(name)} is {tensor.shape}, and should be {shape} by "
             f"{config.name}"
         )
     heads = rotary_heads(name, args)
@@ -317,8 +319,7 @@ def _chat_template(path: Path) -> str | None:
     """chat_template.jinja, else what tokenizer_config.json says (of several, the default)."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        if file.stat().st_size > 2**20:
-            raise ValueError(f"{file}: is larger than 1 MiB")
+        check_file(file, largest=2**20)
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError:

@@ -20,7 +20,7 @@ _LARGEST = 2**31  # of any number, as in params.py
 
 
 class Shape(NamedTuple):
-    """What the scaling of a model depends on besides its own words."""
+    """What the scaling of a model depends on besides its own keys."""
 
     head_dim: int
     rope_theta: float
@@ -66,18 +66,18 @@ def positive(key: str, value: object) -> float:
 def read_scaling(config: Mapping[str, Any], shape: Shape, file: Path) -> dict[str, Any]:
     """rope_scaling and context_length for ModelArgs; ValueError for a kind that is not computed."""
     rope = rope_of(config)
-    kind = rope.get("rope_type", "default")
+    rope_type = rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor", 1) not in (1, 1.0):
         raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r:.40}, not 1")
-    if kind == "default":
+    if rope_type == "default":
         return {}
-    if kind == "llama3":
+    if rope_type == "llama3":
         return _llama3(rope, shape)
-    if kind == "linear":
+    if rope_type == "linear":
         factor = _factor(rope)
         scaling = RopeScaling(factors=(factor,) * (shape.head_dim // 2))
         return _scaled(scaling, shape.context * factor)
-    if kind == "dynamic":
+    if rope_type == "dynamic":
         logger.warning(
             "%s: dynamic rotary scaling is another model for every length; up to %d tokens it is "
             "none, and there the context ends (rope_scaling= stretches it as Llama 3.1 does)",
@@ -85,13 +85,13 @@ def read_scaling(config: Mapping[str, Any], shape: Shape, file: Path) -> dict[st
             shape.context,
         )
         return {}
-    if kind == "yarn":
+    if rope_type == "yarn":
         return _yarn(rope, shape)
-    if kind == "longrope":
+    if rope_type == "longrope":
         return _longrope(rope, shape)
     raise ValueError(
-        f"the rotary scaling is of type {kind!r:.40}; default, linear, dynamic, yarn, longrope and "
-        "llama3 are known: use a version of the model with one of these"
+        f"the rotary scaling is of type {rope_type!r:.40}; default, linear, dynamic, yarn, "
+        "longrope and llama3 are known: use a version of the model with one of these"
     )
 
 
@@ -132,8 +132,8 @@ def _llama3(rope: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
 def _yarn(rope: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
     """YaRN (Peng et al. 2023, arXiv 2309.00071): slow pairs are stretched, fast ones stay.
 
-    A pair is fast where it turns more than beta_fast times within the original context, slow below
-    beta_slow, and blended between the two linearly in its number, not in its turns.
+    A pair is fast where it rotates more than beta_fast times within the original context, slow
+    below beta_slow, and blended between the two linearly in its number, not in its rotations.
     """
     original = _original(rope, shape)
     factor = shape.context / original if rope.get("factor", 0) is None else _factor(rope)
@@ -143,9 +143,11 @@ def _yarn(rope: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
     if shape.rope_theta <= 1:
         raise ValueError(f"rope_theta {shape.rope_theta:g} leaves yarn no pair to stretch")
 
-    def pair(turns: float) -> float:
-        """The pair, a broken number, that turns so often within the original context."""
-        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(shape.rope_theta))
+    def pair(rotations: float) -> float:
+        """The number of the pair, a fraction, that rotates so often in the original context."""
+        return (
+            size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(shape.rope_theta))
+        )
 
     low, high = pair(fast), pair(slow)
     if rope.get("truncate", True):

@@ -1,7 +1,7 @@
 """Hugging Face folders, written: what transformers and everything that reads its files can load.
 
-Holds a few tensors at a time. Knows no device. The surprising thing: config.json comes last. All
-files are written under temporary names, and a folder without config.json is no model to anybody.
+Holds a few tensors at a time. Knows no device. Of the files, which get their names when all are
+whole, config.json comes last: a folder without it is no model to anybody.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ import torch
 
 from llama.checkpoint.hf.config import config_of
 from llama.checkpoint.hf.read import INDEX, SINGLE, Reordered, hf_name, rotary_heads
-from llama.checkpoint.meta.reshard import checklist
 from llama.checkpoint.safetensors import write_file
 from llama.checkpoint.source import Checkpoint, LazyTensor
 from llama.checkpoint.tokenizers import Texts, as_bytes, files_of
+from llama.files.checklist import CHECKLIST, checklist
+from llama.files.new_folder import new_files
 from llama.terminal.progress import progress
 from llama.text.templates import LLAMA3_TEMPLATE
-from llama.tokenizer import TextTokenizer
+from llama.tokenizer.protocols import TextTokenizer
 
-CHECKLIST = "checklist.chk"
 # Files of a model, in any format, beside which another is not written.
 _OTHERS = ("model*.safetensors*", "config.json", "consolidated.*.pth", "params.json", CHECKLIST)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -58,7 +58,7 @@ def write_hf(
              if not file.name.endswith(".part")]  # fmt: skip
     if there:
         raise FileExistsError(f"{there[0]} is there already; write to an empty folder")
-    tensors = _in_their_order(checkpoint)
+    tensors = _hf_tensors(checkpoint)
     files = _shards(tensors, wanted.itemsize, max_shard_bytes)
     texts = _texts(checkpoint, wanted, tokenizer, tokenizer_files or {})
     if len(files) > 1:
@@ -68,8 +68,8 @@ def write_hf(
         _write_all(out, files, texts, wanted, advance, with_checklist)
 
 
-def _in_their_order(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-    """Tensors by their names there, q and k in their order of rows."""
+def _hf_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    """The tensors by Hugging Face's names, q and k with their rows in its order."""
     tensors: dict[str, LazyTensor] = {}
     for name, source in checkpoint.tensors.items():
         heads = rotary_heads(name, checkpoint.args)
@@ -104,8 +104,8 @@ def _index(
     files: Mapping[str, Mapping[str, LazyTensor]], tensors: Mapping[str, LazyTensor], itemsize: int
 ) -> dict[str, Any]:
     total = sum(prod(tensor.shape) for tensor in tensors.values()) * itemsize
-    places = {name: file for file, held in files.items() for name in held}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    file_of = {name: file for file, held in files.items() for name in held}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
 
 
 def _texts(
@@ -132,8 +132,8 @@ def _texts(
         as_stated = copied and checkpoint.stop_token_ids
         ids["eos_token_id"] = list(checkpoint.stop_token_ids) if as_stated else sorted(stops)
     texts["generation_config.json"] = ids
-    kind = str(dtype).removeprefix("torch.")
-    texts["config.json"] = config_of(args, kind, ids)
+    dtype_name = str(dtype).removeprefix("torch.")
+    texts["config.json"] = config_of(args, dtype_name, ids)
     return texts
 
 
@@ -145,19 +145,13 @@ def _write_all(
     advance: Callable[[int], object],
     with_checklist: bool,
 ) -> None:
-    """Every file under a temporary name, then all renamed, config.json last; or none is left."""
-    listed = {name: out / f"{name}.part" for name in (*files, *texts)}
-    parts = ({CHECKLIST: out / f"{CHECKLIST}.part"} if with_checklist else {}) | listed
-    try:
+    """Write every file; all get their names together, config.json last, or none is left."""
+    with new_files(out) as part:
+        sums = part(CHECKLIST) if with_checklist else None
         for name, held in files.items():
-            write_file(parts[name], held, dtype, advance)
+            write_file(part(name), held, dtype, advance)
         for name, text in texts.items():
-            parts[name].write_bytes(as_bytes(name, text))
-        if with_checklist:
-            sums = checklist(dict(sorted(listed.items())), lambda size: None)
-            parts[CHECKLIST].write_text(sums, encoding="ascii")
-        for name, part in parts.items():
-            part.replace(out / name)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+            part(name).write_bytes(as_bytes(name, text))
+        if sums is not None:
+            listed = {name: part(name) for name in sorted((*files, *texts))}
+            sums.write_text(checklist(listed), encoding="ascii")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.args import ModelArgs, RopeScaling
-from llama.files.plain import check_file
+from llama.checkpoint.families import SENTENCEPIECE
 from llama.files.strict_json import read_json
 
 _INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
@@ -33,13 +33,11 @@ _REFUSED = {
     r"vision_\w+": "a vision model",
     r"moe_args": "a mixture of experts",
 }
-SENTENCEPIECE = (32000, 32016)  # vocabularies of Llama 1, Llama 2 and Code Llama
 _LARGEST = 2**31  # of any number: more is a mistake, and nothing may be counted up to it
 
 
 def read_params(file: Path) -> dict[str, Any]:
-    """What params.json says, every key known and every value of its type, else ValueError."""
-    check_file(file, largest=2**20)
+    """Read params.json; ValueError where a key is unknown or a value not of its type."""
     params = read_json(file)
     for key in params:
         for pattern, what in _REFUSED.items():
@@ -62,7 +60,7 @@ def read_params(file: Path) -> dict[str, Any]:
 
 
 def _wanted(key: str, value: object) -> str | None:
-    """What the value of a known key needs to be, where it is not that."""
+    """What the value of a known key needs to be; None where it is that."""
     if key in _BOOLS:
         return None if isinstance(value, bool) else "true or false"
     if key == "rope_scaling":
@@ -75,8 +73,8 @@ def _wanted(key: str, value: object) -> str | None:
             wrong = [number for number in numbers if _wanted("rope_theta", number)]
             return "made of positive numbers" if wrong else None
         return f"an object of {', '.join(names)}"
-    kinds, wanted = ((int,), "a whole number") if key in _INTS else ((int, float), "a number")
-    if type(value) not in kinds or not isinstance(value, (int, float)):
+    types, wanted = ((int,), "a whole number") if key in _INTS else ((int, float), "a number")
+    if type(value) not in types or not isinstance(value, (int, float)):
         return wanted
     return None if 0 < value < _LARGEST else f"{wanted} above 0 and below {_LARGEST}"
 
@@ -127,7 +125,7 @@ def _context(params: dict[str, Any], names: Collection[str]) -> int:
 
 
 def make_args(params: dict[str, Any], file: Path) -> ModelArgs:
-    """ModelArgs of what `file` says, its errors naming the file."""
+    """ModelArgs of what `file` says; their errors name the file."""
     try:
         if isinstance(params.get("rope_scaling"), dict):
             said = params["rope_scaling"]

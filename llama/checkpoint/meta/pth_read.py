@@ -72,7 +72,7 @@ def map_shard(file: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(file: Path) -> int:
-    """The bytes of all tensors; raises where it is not an archive of nothing but plain tensors."""
+    """How many bytes all tensors have; raises where the archive holds more than plain tensors."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -1,8 +1,8 @@
 """Writes the file that torch.save would, a tensor at a time: torch.save wants them all in memory.
 
 Knows the layout of that file (a zip archive of stored entries, a pickle that refers to them) and
-nothing of models. The surprising thing: every tensor's bytes begin at a multiple of 64 in the file,
-by a filler in the entry's header, so that a mapped tensor is an aligned one.
+nothing of models. Every tensor's bytes begin at a multiple of 64 in the file, by a filler in the
+entry's header, so that a mapped tensor is an aligned one.
 """
 
 import io
@@ -34,7 +34,8 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: `read` is called when its turn comes, and may give another dtype."""
+    """A tensor to be written, in `dtype`: `read` is called just before, and may give another
+    one."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -92,22 +93,22 @@ def write_pth(
         for name, entry in entries.items():
             tensor = entry.read()
             assert tensor.shape == entry.shape, (name, tensor.shape, entry.shape)
-            place = f"archive/data/{storages[name].key}"
-            _write(archive, place, name, tensor, entry.dtype, advance)
+            path = f"archive/data/{storages[name].key}"
+            _write(archive, path, name, tensor, entry.dtype, advance)
         archive.writestr("archive/version", "3\n")
 
 
 def _write(
     archive: zipfile.ZipFile,
-    place: str,
+    path: str,
     name: str,
     tensor: Tensor,
     dtype: torch.dtype,
     advance: Callable[[int], object],
 ) -> None:
-    info = zipfile.ZipInfo(place)
+    info = zipfile.ZipInfo(path)
     assert archive.fp is not None
-    before = archive.fp.tell() + _HEADER + len(place) + _ZIP64 + 4  # 4: the filler's own header
+    before = archive.fp.tell() + _HEADER + len(path) + _ZIP64 + 4  # 4: the filler's own header
     filler = -before % _ALIGNMENT
     info.extra = b"FB" + filler.to_bytes(2, "little") + bytes(filler)
     rows = max(1, _BLOCK // (tensor[:1].numel() or 1))

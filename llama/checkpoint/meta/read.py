@@ -1,18 +1,15 @@
-"""Meta's files, read and written: params.json and consolidated.NN.pth.
+"""Meta's files, read: params.json and consolidated.NN.pth.
 
-Reading maps the files and looks at names, shapes and dtypes; of the weights only at those few that
-tell shards of one model apart. Knows neither devices nor ranks. The surprising thing: tied matrices
+Maps the files and looks at names, shapes and dtypes; of the weights only at those few that tell
+shards of one model apart. Knows neither devices nor ranks. The surprising thing: tied matrices
 carry no mark in these files; that output.weight shares its storage with tok_embeddings.weight is
 how Meta's 1B and 3B say it.
 """
 
-import functools
-import json
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,11 +18,9 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint.meta.params import complete, make_args, params_of, read_params
+from llama.checkpoint.meta.params import complete, make_args, read_params
 from llama.checkpoint.meta.pth_read import map_shard
-from llama.checkpoint.meta.pth_write import Entry, write_pth
 from llama.checkpoint.source import Checkpoint, LazyTensor, Part
-from llama.files.plain import check_file
 from llama.names import ignored, shapes, shard_dim
 
 logger = logging.getLogger(__name__)
@@ -125,7 +120,6 @@ def find_shards(path: Path) -> list[Path]:
             raise ValueError(
                 f"{file} and {found[int(match[1])].name} are both shard {int(match[1])}"
             )
-        check_file(file)
         found[int(match[1])] = file
     missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
     if missing:
@@ -139,7 +133,8 @@ def find_shards(path: Path) -> list[Path]:
 
 
 def _check_names(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[Path]) -> None:
-    """Every shard holds every tensor and no other; the number of layers first: it may be absurd."""
+    """Raise where a shard lacks a tensor or holds another; the number of layers comes first, for it
+    may be absurd."""
     layers = {name.split(".")[1] for name in shards[0] if name.startswith("layers.")}
     if not layers:
         _check_prefix(shards[0], files[0])
@@ -175,7 +170,7 @@ def _check_prefix(names: Collection[str], file: Path) -> None:
 
 
 def _check_count(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[Path]) -> None:
-    """Where the tensors of every shard agree on being one part of so many, so many are there."""
+    """Raise where the shapes in every shard say that there are more, or fewer, shards than here."""
     full = shapes(args)
     cuts = {
         full[name][0] / shard[name].shape[0]
@@ -195,7 +190,7 @@ def _check_count(args: ModelArgs, shards: list[dict[str, Tensor]], files: list[P
 
 
 def _check_siblings(shards: list[dict[str, Tensor]], files: list[Path]) -> None:
-    """What all shards of a model share is the same in each, and what is cut is not.
+    """Raise where what all shards of a model share differs, or where what is cut is the same.
 
     Norms are held whole by every shard. Copies that training let drift apart by a rounding are
     mentioned; anything more is another model.
@@ -236,7 +231,8 @@ def _same_numbers(shard: dict[str, Tensor]) -> bool:
 
 
 def _join(name: str, shape: tuple[int, ...], pieces: list[Tensor], path: Path) -> LazyTensor:
-    """The pieces as one tensor of `shape`. tok_embeddings may be cut along either dimension."""
+    """Join the pieces to one tensor of `shape`. tok_embeddings may be cut along either
+    dimension."""
     if len({piece.dtype for piece in pieces}) > 1:
         dtypes = ", ".join(str(piece.dtype) for piece in pieces)
         raise ValueError(f"{path}: {name} has another dtype in some shards: {dtypes}")
@@ -251,69 +247,3 @@ def _join(name: str, shape: tuple[int, ...], pieces: list[Tensor], path: Path) -
         f"{path}: {name} should be {shape} in {len(pieces)} equal parts by params.json, and is "
         f"{_some([str(tuple(piece.shape)) for piece in pieces])} in the shards"
     )
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-def write_meta(
-    checkpoint: Checkpoint,
-    out_dir: str | Path,
-    *,
-    shards: int = 1,
-    dtype: torch.dtype | None = None,
-    advance: Callable[[int], object] = lambda size: None,
-) -> None:
-    """Write a checkpoint as Meta's files, one tensor of one shard at a time in memory.
-
-    Everything is written under temporary names and renamed when it is whole, params.json last.
-    `advance` is told the bytes of weights as they are written. Raises ValueError where `shards`
-    does not divide every dimension that is cut, and FileExistsError where the folder holds weights
-    already.
-    """
-    check_shards(checkpoint.args, shards)
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    there = [*out.glob("consolidated.*.pth"), *out.glob("params.json")]
-    if there:
-        raise FileExistsError(f"{there[0]} is there already; write to an empty folder")
-    same = {"output.weight": "tok_embeddings.weight"} if checkpoint.args.tied else {}
-    parts: dict[Path, Path] = {}
-    try:
-        for number in range(shards):
-            final = out / f"consolidated.{number:02}.pth"
-            parts[final] = final.with_name(final.name + ".part")
-            write_pth(parts[final], _shard(checkpoint, number, shards, dtype), same, advance)
-        final = out / "params.json"
-        parts[final] = final.with_name(final.name + ".part")
-        parts[final].write_text(json.dumps(params_of(checkpoint.args)) + "\n", encoding="utf-8")
-        for final, part in parts.items():
-            part.replace(final)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-
-def check_shards(args: ModelArgs, shards: int) -> None:
-    """ValueError where a model cannot be written in so many files."""
-    sizes = shapes(args).items()
-    cuts = [shape[dim] for name, shape in sizes if (dim := shard_dim(name)) is not None]
-    common = math.gcd(*cuts)
-    if shards < 1 or common % shards:
-        works = [n for n in range(1, min(common, 128) + 1) if common % n == 0]
-        raise ValueError(f"shards={shards}: does not divide this model; these do: {works}")
-
-
-def _shard(
-    checkpoint: Checkpoint, number: int, shards: int, dtype: torch.dtype | None
-) -> dict[str, Entry]:
-    """The tensors of one shard, each read when it is written."""
-    entries = {}
-    for name, source in checkpoint.tensors.items():
-        dim, parts = (0, 1) if (cut := shard_dim(name)) is None else (cut, shards)
-        size = source.shape[dim] // parts
-        shape = (*source.shape[:dim], size, *source.shape[dim + 1 :])
-        first = number * size if parts > 1 else 0
-        read = functools.partial(source.read, dim, first, first + size)
-        entries[name] = Entry(shape, dtype or checkpoint.dtype, read)
-    return entries

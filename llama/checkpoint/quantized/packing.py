@@ -1,4 +1,4 @@
-"""Rows of a matrix of any format, packed as they are read: for the files and for loading alike.
+"""Rows of a matrix of any format, packed as they are read: for files and for loading alike.
 
 Knows no layer of a model and no rank. What is stored packed in the wanted format is taken as it is.
 """
@@ -18,7 +18,7 @@ _BLOCK = 2**26  # numbers of stored ones that are copied at a time
 def pack_rows(
     source: LazyTensor, format: Format, start: int, stop: int, *, device: torch.device, name: str
 ) -> Iterator[Packed]:
-    """Rows start..stop of a matrix packed on `device`, some at a time.
+    """Pack rows start..stop of a matrix on `device`, some at a time.
 
     What is stored in this format already is taken as it is. Raises ValueError, naming the matrix,
     where its numbers cannot be packed.

@@ -1,8 +1,8 @@
 """A folder of quantized weights, read: params.json, quantized.safetensors and a tokenizer.
 
-The file is written by llama/quantization; here its tensors get their names back, packed matrices
-among them. Knows no recipe beyond its text. The surprising thing: whoever asks for the numbers of a
-packed matrix gets them as for any other, in float32; so a quantized model can be converted, cut and
+The file is written by write.py; here its tensors get their names back, packed matrices among them.
+Knows no recipe beyond its text. The surprising thing: whoever asks for the numbers of a packed
+matrix gets them as for any other, in float32; so a quantized model can be converted, cut and
 quantized again like one that is not.
 """
 
@@ -32,7 +32,7 @@ _SAID = {"version", "recipe", "dtype", "stop_token_ids", "chat_template"}
 
 
 class PackedTensor(LazyTensor):
-    """A packed matrix in a mapped file: `packed` as it lies there, `parts` its numbers."""
+    """A packed matrix in a mapped file: `packed` is a view of it, `parts` its numbers."""
 
     dtype = torch.float32
 
@@ -61,7 +61,7 @@ def open_quantized(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     said = _read_said(file)
     tensors = _tensors(args, data, entries, file)
     formats = {n: t.packed.format for n, t in tensors.items() if isinstance(t, PackedTensor)}
-    kinds = Counter(str(formats.get(name, str(t.dtype)[6:])) for name, t in tensors.items())
+    counts = Counter(str(formats.get(name, str(t.dtype)[6:])) for name, t in tensors.items())
     tokenizers = [path / name for name in ("tokenizer.model", "tokenizer.json")]
     return Checkpoint(
         args=args,
@@ -71,14 +71,14 @@ def open_quantized(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         tokenizer_path=next((file for file in tokenizers if os.path.lexists(file)), None),
         stop_token_ids=tuple(said["stop_token_ids"]),
         chat_template=said["chat_template"],
-        stored=", ".join(f"{name} ({count})" for name, count in kinds.most_common())
+        stored=", ".join(f"{name} ({count})" for name, count in counts.most_common())
         + f", recipe {said['recipe']}",
         formats=formats,
     )
 
 
 def _read_said(file: Path) -> dict[str, Any]:
-    """What the writer said of itself and of the model; ValueError where it is another writer."""
+    """Read what the writer said of itself and the model; ValueError where it is another writer."""
     text = read_metadata(file).get(KEY)
     if not isinstance(text, str):
         raise ValueError(
@@ -128,11 +128,12 @@ def _tensors(
             packed = _packed(name, shape, data, entries, file)
             tensors[name] = PackedTensor(packed)
     for names in groups(args):  # which lie in one storage
-        kinds = {str(t.packed.format) if isinstance(t, PackedTensor) else "not packed"
+        stored_as = {str(t.packed.format) if isinstance(t, PackedTensor) else "not packed"
                  for t in map(tensors.get, names)}  # fmt: skip
-        if len(kinds) > 1:
+        if len(stored_as) > 1:
             raise ValueError(
-                f"{file}: {', '.join(names)} are {', '.join(sorted(kinds))}; they need to be alike"
+                f"{file}: {', '.join(names)} are {', '.join(sorted(stored_as))}; they need to be "
+                "alike"
             )
     unknown = sorted(entries.keys() - used)
     if unknown:

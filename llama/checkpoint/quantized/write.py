@@ -1,9 +1,9 @@
 """Quantized weights written once: a folder that `build` and all commands take like any other.
 
-Streams: a block of one matrix is in memory at a time. What the folder holds is read by
-checkpoint/quantized.py. The surprising thing: the file is written at several places at once. The
-scales of a matrix are known when its rows are, but lie elsewhere, ordered by the size of a number,
-so that every tensor can be mapped as it lies.
+Streams: a block of one matrix is in memory at a time. What the folder holds is read by read.py. The
+surprising thing: the file is not written from front to back. The scales of a matrix are known when
+its rows are, but lie elsewhere, ordered by the size of a number, so that every tensor can be mapped
+as it lies.
 """
 
 import json
@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint.meta.params import params_of
-from llama.checkpoint.meta.reshard import new_folder, write_checklist
 from llama.checkpoint.quantized.packing import pack_rows
 from llama.checkpoint.quantized.read import FILE, KEY, VERSION
 from llama.checkpoint.safetensors import header_of
 from llama.checkpoint.source import Checkpoint, cast, rows_of
 from llama.checkpoint.tokenizers import as_bytes, copies, files_of
+from llama.files.checklist import write_checklist
+from llama.files.new_folder import new_folder
 from llama.quantization.packed import Format
 from llama.quantization.recipe import Recipe, described, formats_of
 from llama.terminal.progress import progress
@@ -81,8 +82,8 @@ def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _stop_token_ids(checkpoint: Checkpoint) -> list[int]:
-    """Those of the files beside the tokenizer; its own as well where it came inside a file, of
-    which its new files do not say them all."""
+    """The stop tokens that the folder states: those of the files beside the tokenizer, and its own
+    where it came inside a file, as its new files do not say them all."""
     ids = list(checkpoint.stop_token_ids)
     tokenizer = checkpoint.open_tokenizer() if checkpoint.tokenizer_path is None else None
     own = () if tokenizer is None else tokenizer.stop_tokens
@@ -116,18 +117,18 @@ def _write(
     device: torch.device,
     advance: Callable[[int], object],
 ) -> None:
-    places, at = {}, len(header)
+    offsets, at = {}, len(header)
     for name, (shape, dtype) in layout.items():
-        places[name] = at
+        offsets[name] = at
         at += prod(shape) * dtype.itemsize
     with file.open("wb") as stream:
         stream.write(header)
         stream.truncate(at)
         for name in checkpoint.tensors:
             for piece, raw in _blocks(checkpoint, name, formats.get(name), device):
-                stream.seek(places[piece])
+                stream.seek(offsets[piece])
                 stream.write(raw.numpy().data)
-                places[piece] += raw.nbytes
+                offsets[piece] += raw.nbytes
                 advance(raw.nbytes)
 
 

@@ -64,7 +64,8 @@ def key_of(document: Dialog | str) -> str:
 
 
 def keys_of(document: Dialog | str) -> Iterator[str]:
-    """Every key that a training document gives away: its turns alone, and all up to each turn."""
+    """Every key that a training document gives away: that of each message of the user alone, and
+    that of all up to each."""
     yield key_of(document)
     if not isinstance(document, str):
         for i, message in enumerate(document):
@@ -73,9 +74,10 @@ def keys_of(document: Dialog | str) -> Iterator[str]:
                 yield key_of(document[: i + 1])
 
 
-def _turns(exchanges: Sequence[tuple[str, str]], system: str = "") -> list[Message]:
+def _messages(pairs: Sequence[tuple[str, str]], system: str = "") -> list[Message]:
+    """A dialog of what the user says and the answer to it, each pair after the other."""
     dialog: list[Message] = [{"role": "system", "content": system}] if system else []
-    for ask, answer in exchanges:
+    for ask, answer in pairs:
         dialog.append({"role": "user", "content": ask})
         dialog.append({"role": "assistant", "content": answer})
     return dialog
@@ -137,7 +139,7 @@ def _styled_dialogue(rng: Random, held: bool, length: int) -> list[Message]:
         tell = Exchange(kind="", ask=memory.tell, answer=memory.told, held=held)
         ask = Exchange(kind="", ask=memory.ask, answer=memory.answer, held=held, short=memory.value)
         exchanges = [tell, *exchanges, ask]
-    return _turns([(e.ask, style.apply(e)) for e in exchanges], style.system)
+    return _messages([(e.ask, style.apply(e)) for e in exchanges], style.system)
 
 
 _AGAIN = ("Now in capital letters.", "In capital letters, please.", "Say that in capital letters.",
@@ -147,37 +149,37 @@ _SAID = ("Say that again.", "Please repeat that.", "Can you repeat that?", "Once
 
 def _plain_dialogue(rng: Random, held: bool, length: int) -> list[Message]:
     """Exchanges of all kinds, with things told early and asked for later, and follow-ups."""
-    turns: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     later: list[Memory] = []
     known: set[str] = set()
-    while len(turns) < length or later:
+    while len(pairs) < length or later:
         roll = rng.random()
-        if later and (len(turns) >= length or roll < 0.25):
+        if later and (len(pairs) >= length or roll < 0.25):
             memory = later.pop(rng.randrange(len(later)))
-            turns.append((memory.ask, memory.answer))
+            pairs.append((memory.ask, memory.answer))
         elif length > 1 and roll < 0.42:
             memory = _memory(rng, held)
             if memory.topic not in known:
                 known.add(memory.topic)
-                turns.append((memory.tell, memory.told))
+                pairs.append((memory.tell, memory.told))
                 later.append(memory)
-        elif turns and roll < 0.45:
-            said = turns[-1][1]
-            turns.append(
+        elif pairs and roll < 0.45:
+            said = pairs[-1][1]
+            pairs.append(
                 (rng.choice(_SAID), said)
                 if rng.random() < 0.5
                 else (rng.choice(_AGAIN), said.upper())
             )
         elif roll < 0.46 and not known and not held:
-            turns.append(unknown(rng))
+            pairs.append(unknown(rng))
         else:
             exchange: Exchange | None = draw(rng, held)
             while exchange:
-                turns.append((exchange.ask, exchange.answer))
+                pairs.append((exchange.ask, exchange.answer))
                 exchange = (
                     _follow(rng, exchange, held) if length > 1 and rng.random() < 0.35 else None
                 )
-    return _turns(turns, rng.choice(PLAIN) if rng.random() < 0.25 else "")
+    return _messages(pairs, rng.choice(PLAIN) if rng.random() < 0.25 else "")
 
 
 def _length(rng: Random) -> int:
@@ -197,7 +199,7 @@ def document(rng: Random, held: bool) -> Dialog | str:
         return _styled_dialogue(rng, held, length)
     if length == 1 and rng.random() < 0.06:
         memory = _memory(rng, held)
-        return _turns([(f"{memory.tell} {memory.ask}", memory.answer)])
+        return _messages([(f"{memory.tell} {memory.ask}", memory.answer)])
     return _plain_dialogue(rng, held, length)
 
 
@@ -221,27 +223,27 @@ def _question(rng: Random, kind: str) -> Question:
     if kind == "styles":
         style = _style(rng, held=True)
         exchange = _styled(rng, style, held=True)
-        dialog = _turns([(exchange.ask, "")], style.system)
+        dialog = _messages([(exchange.ask, "")], style.system)
         return Question(kind=kind, prompt=dialog[:-1], answer=style.apply(exchange))
     if kind == "references":
         if rng.random() < 0.25:
             first = draw(rng, held=False, kind=rng.choice(("capitals", "opposites", "colours")))
             follow = _follow(rng, first, held=True)
             if follow:
-                turns = [(first.ask, first.answer), (follow.ask, "")]
-                return Question(kind=kind, prompt=_turns(turns)[:-1], answer=follow.answer)
+                pairs = [(first.ask, first.answer), (follow.ask, "")]
+                return Question(kind=kind, prompt=_messages(pairs)[:-1], answer=follow.answer)
         memory = _memory(rng, held=True)
         fillers = [draw(rng, held=False) for _ in range(rng.randint(0, 3))]
-        turns = [
+        pairs = [
             (memory.tell, memory.told),
             *((e.ask, e.answer) for e in fillers),
             (memory.ask, ""),
         ]
-        return Question(kind=kind, prompt=_turns(turns)[:-1], answer=memory.answer)
+        return Question(kind=kind, prompt=_messages(pairs)[:-1], answer=memory.answer)
     exchange = draw(rng, held=True, kind=kind)
     return Question(
         kind=kind,
-        prompt=_turns([(exchange.ask, "")])[:-1],
+        prompt=_messages([(exchange.ask, "")])[:-1],
         answer=exchange.answer,
         themes=exchange.themes,
     )

@@ -1,4 +1,4 @@
-"""What a user says about themselves, asked for in a later turn; and questions about earlier turns.
+"""What a user says about themselves and asks for later, and questions about what was said before.
 
 It refuses to know what lies between the telling and the asking. The surprising thing: most names
 are invented, so that remembering one means copying its letters from the dialogue.
@@ -87,7 +87,7 @@ _CODAS = ["", "", "", "n", "l", "r", "s", "t", "x", "m", "nd", "th", "ck"]
 
 @dataclass(frozen=True)
 class Memory:
-    """A fact told and asked for: two turns of the user with their answers."""
+    """A fact told and asked for: two messages of the user with their answers."""
 
     tell: str
     told: str

@@ -4,8 +4,6 @@ Plain data, written for this project. The surprising thing: the second tuple of 
 seen in training, so that accuracy on it says whether the model reads a question or remembers it.
 """
 
-from __future__ import annotations
-
 OPENERS = (
     "", "", "", "Please tell me: ", "Quick question: ", "I would like to know: ", "Hi! ", "Hello! ",
     "One more thing: ", "Here is a question. ", "Can you help me? ",

@@ -1,34 +1,35 @@
 """Text to token ids and back for Llama 3 and later, and the chat format around them.
 
-Knows ranks files, special tokens and the turns of a dialog; refuses to know models, tensors and
-sampling.
+Knows ranks files, special tokens and the messages of a dialog; refuses to know models, tensors and
+sampling, and other families' tokenizers, which llama/text has. What is common to them all lies
+beside this page: dialogs, added words, and what every tokenizer does with them.
 
 The surprising thing: a special token never comes out of text unless the caller allows it by name.
-`<|eot_id|>` in a user's message is encoded as the ten characters it is: no text can forge a turn.
+`<|eot_id|>` in a user's message is encoded as the ten characters it is: no text can forge the end
+of a message, or another one.
 """
 
-import codecs
-import operator
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import count
-from typing import Literal, Protocol
+from typing import Literal
 
 import tiktoken
 
 from llama.files.ranks import parse_ranks, read_bytes
-from llama.text.added import AddedToken, Allows, HasAddedWords, check_disallowed
-from llama.text.dialog import ROLES as ROLES
-from llama.text.dialog import Dialog as Dialog
-from llama.text.dialog import Message as Message
-from llama.text.dialog import Role as Role
-from llama.text.dialog import check_dialog, check_message, has_more
+from llama.tokenizer.added import AddedToken, Allows
+from llama.tokenizer.dialog import ROLES as ROLES
+from llama.tokenizer.dialog import Dialog as Dialog
+from llama.tokenizer.dialog import Message as Message
+from llama.tokenizer.dialog import Role as Role
+from llama.tokenizer.dialog import check_dialog, check_message, has_more
+from llama.tokenizer.protocols import DialogFormat, TextTokenizer, check_id, control_words
 
 Version = Literal["3", "3.1"]
 
-# Offsets after the last rank. The other places of the 256 are reserved tokens, counted from 0.
+# Offsets after the last rank. The others of the 256 are reserved tokens, counted from 0.
 _NAMED_SPECIAL_TOKENS: dict[Version, dict[int, str]] = {
     "3": {
         0: "<|begin_of_text|>",
@@ -55,7 +56,7 @@ _STOP_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
 
-
+# Text is split by this before pairs are merged.
 _PATTERN = "|".join(
     (
         r"(?i:'(?:[sdmt]|ll|ve|re))",  # contractions, in either case
@@ -69,52 +70,13 @@ _PATTERN = "|".join(
 )
 
 
-class TextTokenizer(Protocol):
-    """What all tokenizers have in common, `Tokenizer` and those of other rooms."""
-
-    added: tuple[AddedToken, ...]
-    special_tokens: dict[str, int]
-    names: dict[str, str]
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    n_words: int
-    rows: int
-    stated: bool
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    stop_tokens: set[int]
-
-    def limit(self, rows: int) -> None: ...
-
-    def encode(
-        self,
-        s: str,
-        *,
-        bos: bool,
-        eos: bool,
-        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
-        disallowed_special: Literal["all"] | Collection[str] = (),
-    ) -> list[int]: ...
-
-    def encode_plain(self, s: str, barred: AbstractSet[str]) -> list[int]: ...
-
-    def encode_rendered(self, s: str, control: AbstractSet[str], allows: Allows) -> list[int]: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-    def token_bytes(self, token: int) -> bytes:
-        """Those of one id; none for a row of the model that no token has, see `spare_rows`."""
-
-    def first_bytes(self, token: int) -> bytes: ...
-
-
-class Tokenizer(HasAddedWords):
+class Tokenizer(TextTokenizer):
     """A ranks file (tiktoken's format) and the 256 special tokens that follow its ranks.
 
     `version` says which names the special tokens have: "3.1" (Llama 3.1, 3.2, 3.3) adds
     finetune_right_pad_id, eom_id and python_tag and counts the reserved ones anew. Names only:
-    ids, bos_id, eos_id and stop_tokens do not depend on it, for the file is the same.
+    ids, bos_id, eos_id and stop_tokens do not depend on it, for the file is the same. `encode` is
+    that of every tokenizer; what is Llama 3's own is how text between added words becomes ids.
     """
 
     ranks: dict[bytes, int]
@@ -210,81 +172,44 @@ class Tokenizer(HasAddedWords):
             special_tokens={word.content: word.id for word in added if word.id not in ids},
         )
         self._learn(added, names, self.model.n_vocab)
-        self._gaps = {*range(self.n_words)} - ids - {word.id for word in added}
+        self._gaps = {*range(self.n_words)} - ids - {word.id for word in added}  # of no token
+        # tiktoken finds special tokens itself, but no other words, and none that are ranks as well
         plain = all(word == AddedToken(*word[:2], special=True) for word in added)
-        self._everywhere = not plain or any(word.id in ids for word in added)
+        self._has_words = not plain or any(word.id in ids for word in added)
         same = (word for word in added if ranks.get(word.content.encode()) == word.id)
         self._ranked = {word.content: word for word in same}  # also made from their letters
         self.eos_id: int = self.special_tokens[eos]
         self.bos_id: int = self.eos_id if bos is None else self.special_tokens[bos]
         self.prefix = () if bos is None else (self.bos_id,)
         self.suffix = ()
-        self.pad_id: int = -1
         self.stop_tokens: set[int] = (
             _stops(self.special_tokens) | {self.eos_id} if stop_tokens is None else {*stop_tokens}
         )
 
-    def encode(
-        self,
-        s: str,
-        *,
-        bos: bool,
-        eos: bool,
-        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
-        disallowed_special: Literal["all"] | Collection[str] = (),
-    ) -> list[int]:
-        """Ids of `s`; where asked for, with what the tokenizer puts before it (bos_id, or nothing
-        where its files say so), and with eos_id after it.
-
-        Names in `allowed_special` ("all" for all) become special tokens where `s` has them; names
-        in `disallowed_special` raise ValueError where `s` has them; any other is plain text. Added
-        words that are not special are their own tokens wherever `s` has them.
-        """
-        allowed = check_encode(s, self.special_tokens, allowed_special, disallowed_special)
-        ids = [*self.prefix] if bos else []
-        if self._everywhere:
-            check_disallowed(s, self.special_tokens, allowed, disallowed_special)
-            ids += self._mixed(s, allowed, frozenset())
-        else:
-            for piece in _pieces(s):
-                ids += self.model.encode(
-                    piece, allowed_special=allowed, disallowed_special=disallowed_special
-                )
-        if eos:
-            ids += self.suffix or (self.eos_id,)
-        return self._check_rows(ids)
-
-    def encode_plain(self, s: str, barred: AbstractSet[str]) -> list[int]:
-        """Ids of `s` alone, in which neither special tokens nor the `barred` words are found."""
-        if not self._everywhere:
-            return self.encode(s, bos=False, eos=False)
-        return self._check_rows(self._mixed(s, frozenset(), barred))
-
-    def _mixed(
+    def _encode(
         self,
         s: str,
         allowed: AbstractSet[str],
         barred: AbstractSet[str],
         allows: Allows | None = None,
     ) -> list[int]:
-        """Ids of a text with added words among the rest of it."""
-        hidden = {
-            word.id
-            for word in self._ranked.values()
-            if word.content in barred or (word.special and word.content not in allowed)
-        }
+        if self._has_words or allows is not None:
+            return super()._encode(s, allowed, barred, allows)
         ids: list[int] = []
-        for part in self._words(allowed, barred).split(s, allows):
-            if part.word is not None:
-                ids.append(part.word.id)
-                continue
-            for piece in _pieces(part.text):
-                more = self.model.encode(piece, disallowed_special=())
-                ids += more if hidden.isdisjoint(more) else self._opened(more, hidden)
+        for piece in _pieces(s):
+            ids += self.model.encode(piece, allowed_special=allowed, disallowed_special=())
+        return ids
+
+    def _encode_part(self, text: str, *, begins: bool, hidden: AbstractSet[str]) -> list[int]:
+        hidden_ids = {word.id for name, word in self._ranked.items() if name in hidden}
+        ids: list[int] = []
+        for piece in _pieces(text):
+            more = self.model.encode(piece, disallowed_special=())
+            ids += more if hidden_ids.isdisjoint(more) else self._opened(more, hidden_ids)
         return ids
 
     def _opened(self, ids: Iterable[int], hidden: AbstractSet[int]) -> Iterator[int]:
-        """`ids` with the tokens that must not come out of text replaced by smaller ones."""
+        """Replace the tokens that must not come out of text by smaller ones of the same bytes."""
         for token in ids:
             if token not in hidden:
                 yield token
@@ -314,59 +239,13 @@ class Tokenizer(HasAddedWords):
             return b""
         return self.model.decode_single_token_bytes(index)
 
-    def first_bytes(self, token: int) -> bytes:
-        """The bytes of an id that begins a text: here, the same as anywhere."""
-        return self.token_bytes(token)
-
-
-class IncrementalDecoder:
-    """Ids to text one at a time, without breaking a character.
-
-    The pieces of `push` and the last `flush`, joined, are `tokenizer.decode` of all ids. With
-    begins=False they continue a text: they are what decode of both adds to decode of the former.
-    """
-
-    def __init__(self, tokenizer: TextTokenizer, *, begins: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._begins = self._at_start = begins
-
-    def push(self, token: int) -> str:
-        """What `token` completes; bytes of an unfinished character are held back.
-
-        A token without text ends a character, as SentencePiece does it; an id that no token has
-        is passed over.
-        """
-        data = self._tokenizer.token_bytes(token)
-        if token >= self._tokenizer.n_words:
-            return ""
-        if self._at_start and data:
-            data, self._at_start = self._tokenizer.first_bytes(token), False
-        return self._utf8.decode(data, final=not data)
-
-    def flush(self) -> str:
-        """What is held back, as U+FFFD. The decoder is then as new."""
-        self._at_start = self._begins
-        return self._utf8.decode(b"", final=True)
-
-
-class DialogFormat(Protocol):
-    """What all chat formats have in common."""
-
-    @property
-    def tokenizer(self) -> TextTokenizer: ...
-
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]: ...
-
-    def encode_content(self, text: str) -> list[int]: ...
-
 
 class ChatFormat:
     """Dialogs to ids, as Llama 3 Instruct and later were trained on them.
 
     Roles are system, user and assistant; from 3.1 on also ipython, whose messages are what a tool
     answered, and its other name tool. The text of a message never becomes a control word: neither a
-    special token nor an added word that ends a turn. A message with other keys than role and
+    special token nor an added word that ends a message. A message with other keys than role and
     content is for `template`, where the model has one that says the same of all others.
     """
 
@@ -381,6 +260,7 @@ class ChatFormat:
         return self.tokenizer.encode_plain(text, self._control)
 
     def encode_header(self, message: Message) -> list[int]:
+        """Ids that say whose message follows; its content is not looked at."""
         check_message(message, self.roles, "role")
         special = self.tokenizer.special_tokens
         role = "ipython" if message["role"] == "tool" else message["role"]
@@ -392,6 +272,7 @@ class ChatFormat:
         ]
 
     def encode_message(self, message: Message) -> list[int]:
+        """Ids of a whole message: its header, its content without the space around it, its end."""
         check_message(message, self.roles, "role", "content")
         return [
             *self.encode_header(message),
@@ -413,65 +294,8 @@ class ChatFormat:
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
 
-def control_words(tokenizer: TextTokenizer) -> frozenset[str]:
-    """Added words that end a text or a turn or have a name, special or not."""
-    named = {*tokenizer.names.values()}
-    ends = {*tokenizer.stop_tokens, tokenizer.eos_id, tokenizer.bos_id}
-    return frozenset(w.content for w in tokenizer.added if w.id in ends or w.content in named)
-
-
-def check_encode(
-    s: object,
-    special_tokens: Mapping[str, int],
-    allowed: Literal["all"] | AbstractSet[str],
-    disallowed: Literal["all"] | Collection[str],
-) -> AbstractSet[str]:
-    """The names of special tokens that are allowed in `s`; ValueError for arguments of `encode`
-    that do not work."""
-    if not isinstance(s, str):
-        raise ValueError(f"encode takes one str, got {type(s).__name__}")
-    if isinstance(disallowed, str) and disallowed != "all":
-        raise ValueError(
-            f"disallowed_special is 'all' or a collection of names, got {disallowed!r}"
-        )
-    if allowed == "all":
-        return set(special_tokens)
-    if isinstance(allowed, str):
-        raise ValueError(f"allowed_special is 'all' or a set of names, got {allowed!r}")
-    unknown = sorted(set(allowed) - special_tokens.keys())
-    if unknown:
-        raise ValueError(
-            f"allowed_special names {unknown}, which this tokenizer does not have: "
-            "the names that work are the keys of special_tokens"
-        )
-    return set(allowed)
-
-
-def spare_rows(n_words: int) -> int:
-    """How many rows a model may have beyond its tokenizer's tokens: 1024, or a 64th.
-
-    They are padding, up to a multiple that a device likes or that many GPUs can share, or were kept
-    for tokens to come. Nothing ever chooses them.
-    """
-    return max(1024, n_words // 64)
-
-
-def check_id(token: int, n_words: int) -> int:
-    """`token` as an int; ValueError where it is an id neither of a vocabulary of `n_words` nor of
-    the rows that a model may have beyond it."""
-    try:
-        index = operator.index(token)
-    except TypeError:
-        raise ValueError(
-            f"a token id is an integer, got {token!r} of type {type(token).__name__}"
-        ) from None
-    if not 0 <= index < n_words + spare_rows(n_words):
-        pad = " (-1 is padding and has no text)" if index == -1 else ""
-        raise ValueError(f"token id {index} is outside the vocabulary, 0 to {n_words - 1}{pad}")
-    return index
-
-
 def llama3_special_tokens(n_ranks: int, version: Version) -> dict[str, int]:
+    """The 256 names of Meta's special tokens, each with its id after `n_ranks` ranks."""
     named, reserved = _NAMED_SPECIAL_TOKENS[version], count()
     names = [
         named.get(offset) or f"<|reserved_special_token_{next(reserved)}|>"
@@ -481,7 +305,8 @@ def llama3_special_tokens(n_ranks: int, version: Version) -> dict[str, int]:
 
 
 def _stops(special_tokens: Mapping[str, int]) -> set[int]:
-    """What ends an answer of Llama 3 and later. 3.1's eom is a reserved token before eot in 3."""
+    """The tokens that end an answer of Llama 3 and later. 3.1's eom, which is the token before eot,
+    is a reserved one in 3."""
     stops = {special_tokens[name] for name in _STOP_NAMES if name in special_tokens}
     before = special_tokens.get("<|eot_id|>", 0) - 1
     reserved = {i for name, i in special_tokens.items() if name.startswith("<|reserved_special")}
@@ -498,8 +323,8 @@ def _pieces(s: str, max_chars: int = _MAX_CHARS, max_run: int = _MAX_RUN) -> Ite
         block = s[start : start + max_chars]
         cut = 0
         if len(block) > max_run:
-            for run in re.finditer(r"\s+|\S+", block):
-                for end in range(run.start() + max_run, run.end(), max_run):
+            for stretch in re.finditer(r"\s+|\S+", block):
+                for end in range(stretch.start() + max_run, stretch.end(), max_run):
                     yield block[cut:end]
                     cut = end
         yield block[cut:]

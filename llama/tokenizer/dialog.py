@@ -1,7 +1,7 @@
 """Dialogs: what a message is, who may speak, and which dialogs are none.
 
-Knows neither ids nor templates. The surprising thing: a key of a message that no format could say,
-such as tool_calls, is refused by name, and a key that means nothing to a model is let pass.
+Knows neither ids nor templates. A key of a message that no format could say, such as tool_calls, is
+refused by name, and a key that means nothing to a model is let pass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,8 @@ Role = Literal["system", "user", "assistant", "ipython", "tool"]
 
 
 class Message(TypedDict):
+    """What one side of a dialog says."""
+
     role: Role
     content: str
 
@@ -60,31 +62,33 @@ def check_dialog(dialog: object, roles: Sequence[Role], first: int = 0) -> None:
     check_messages(dialog)
     assert isinstance(dialog, Sequence)
     for index, message in enumerate(dialog, start=first):
-        where = f"message {index} of the dialog: "
-        check_message(message, roles, "role", "content", where=where)
+        at = f"message {index} of the dialog: "
+        check_message(message, roles, "role", "content", at=at)
         for key in _MEANT:
             if message.get(key):
                 raise ValueError(
-                    f"{where}this model's chat format has no place for its key {key!r}: leave it "
+                    f"{at}this model's chat format has no place for its key {key!r}: leave it "
                     "out, or say it in the content"
                 )
 
 
-def check_message(message: object, roles: Sequence[Role], *keys: str, where: str = "") -> None:
+def check_message(message: object, roles: Sequence[Role], *keys: str, at: str = "") -> None:
+    """Raise ValueError where `message` lacks one of `keys`, or its role or content is wrong; `at`
+    says which message it is."""
     if not isinstance(message, Mapping):
-        raise ValueError(f"{where}a message is a dict, got {type(message).__name__}")
+        raise ValueError(f"{at}a message is a dict, got {type(message).__name__}")
     for key in keys:
         if key not in message:
-            raise ValueError(f"{where}no {key!r} among its keys {list(message)}")
-    check_role(message, roles, where)
+            raise ValueError(f"{at}no {key!r} among its keys {list(message)}")
+    check_role(message, roles, at)
     if "content" in keys and not isinstance(message["content"], str):
-        raise ValueError(f"{where}content is a str, got {type(message['content']).__name__}")
+        raise ValueError(f"{at}content is a str, got {type(message['content']).__name__}")
 
 
-def check_role(message: Mapping[str, object], roles: Sequence[Role], where: str) -> None:
-    """ValueError where a message is of nobody who may speak."""
+def check_role(message: Mapping[str, object], roles: Sequence[Role], at: str) -> None:
+    """Raise ValueError where the role of a message is unknown."""
     if "role" not in message:
-        raise ValueError(f"{where}no 'role' among its keys {list(message)}")
+        raise ValueError(f"{at}no 'role' among its keys {list(message)}")
     if message["role"] not in roles:
         known = ", ".join(roles)
-        raise ValueError(f"{where}unknown role {message['role']!r}: the roles are {known}")
+        raise ValueError(f"{at}unknown role {message['role']!r}: the roles are {known}")
