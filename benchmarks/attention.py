@@ -1,9 +1,9 @@
-"""How fast prefill's attention and its row kernels are, and which way of cutting attention is best.
+"""How fast prefill's attention and its row kernels are, and which tiling of attention is best.
 
     python benchmarks/attention.py                 # heads of 128, as in the 8B
     python benchmarks/attention.py --head_dim 64
 
-Needs one NVIDIA GPU. Prints causal TFLOP/s of `attend_runs` for each tiling, with torch's own
+Needs one NVIDIA GPU. Prints causal TFLOP/s of `attend_prefill` for each tiling, with torch's own
 attention beside it, then the time of each piece of a layer of the 8B shape. A tiling that does not
 fit the GPU is named with its error. Put the best into LARGE in llama/cuda/attention/prefill.py.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from llama.cache import Batch
-from llama.cuda.attention.prefill import Tiling, attend_runs, tile_table
+from llama.cuda.attention.prefill import Tiling, attend_prefill, tile_table
 from llama.cuda.norm_rope_gate import rms_norm, rotate_and_store, silu_multiply
 
 HEADS, KV_HEADS, DIM, HIDDEN = 32, 8, 4096, 14336
@@ -71,7 +71,7 @@ def attention(head_dim: int) -> None:
             assert tiles is not None
             call = (q, k, v, tiles, out, cut)
             try:
-                time = milliseconds(lambda call=call: attend_runs(*call))
+                time = milliseconds(lambda call=call: attend_prefill(*call))
             except Exception as error:  # one that does not fit says so in many ways
                 print(f"{name}, {tuple(cut)}: {error!s:.80}", flush=True)
                 continue
@@ -85,12 +85,14 @@ def pieces(rows: int) -> None:
     qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * 128, **new)
     both = torch.randn(rows, 2 * HIDDEN, **new)
     cos = torch.ones(rows, 64, device="cuda")
-    places = torch.arange(rows, device="cuda")
+    cache_index = torch.arange(rows, device="cuda")
     k, v = (torch.zeros(1, rows, KV_HEADS, 128, **new) for _ in range(2))
     h = torch.empty_like(x)
     calls: dict[str, Callable[[], object]] = {
         "norm": lambda: rms_norm(x, weight, 1e-5, h),
-        "rotate and store": lambda: rotate_and_store(qkv, cos, cos, places, k, v, HEADS, KV_HEADS),
+        "rotate and store": lambda: rotate_and_store(
+            qkv, cos, cos, cache_index, k, v, HEADS, KV_HEADS
+        ),
         "gate": lambda: silu_multiply(both, both[:, :HIDDEN]),
     }
     for name, wide, given in (("wqkv", qkv.shape[1], x), ("wo", DIM, x), ("w13", 2 * HIDDEN, x),

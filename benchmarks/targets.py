@@ -93,10 +93,13 @@ class Launch(NamedTuple):
 
     @property
     def named(self) -> dict[str, Any]:
-        """What is constant of it, by name."""
+        """The constants of it by name, those of groups by the names of their fields."""
         names = [p.name for p in self.kernel.params if p.is_constexpr]
         given = {self.kernel.arg_names[at[0]]: v for at, v in self.constants.items()}
-        return {name: getattr(given[name], "value", given[name]) for name in names}
+        found = {name: getattr(given[name], "value", given[name]) for name in names}
+        groups = [value._asdict() for value in found.values() if hasattr(value, "_asdict")]
+        alone = {name: value for name, value in found.items() if not hasattr(value, "_asdict")}
+        return alone | {name: value for group in groups for name, value in group.items()}
 
     def compiled(self, target: Target) -> Any:  # noqa: ANN401
         source = self.kernel.ASTSource(self.kernel, self.signature, self.constants, self.attributes)

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
 import cubins
 
 from llama import cuda
-from llama.cuda.attention.prefill import Tiling, attend_runs, tile_table, tiling
+from llama.cuda.attention.prefill import Tiling, attend_prefill, tile_table, tiling
 from llama.cuda.forward import FlatForward, joined
 from llama.cuda.norm_rope_gate import rms_norm, rotate_and_store, silu_multiply
 
@@ -78,43 +78,43 @@ def test_rotate_and_store(dtype, heads, kv_heads, size):
     rows = 4
     qkv = normal(rows, (heads + 2 * kv_heads) * size, dtype=dtype)
     angles = torch.tensor([0.0, 3, 70_000, 1], device=DEVICE)[:, None] * normal(1, size // 2).abs()
-    turns = torch.polar(torch.ones_like(angles), angles)
-    cos, sin = turns.real.contiguous(), turns.imag.contiguous()
-    places = torch.tensor([5, -1, 11, 0], device=DEVICE)
+    freqs_cis = torch.polar(torch.ones_like(angles), angles)
+    cos, sin = freqs_cis.real.contiguous(), freqs_cis.imag.contiguous()
+    cache_index = torch.tensor([5, -1, 11, 0], device=DEVICE)
     k, v = (normal(3, 4, kv_heads, size, dtype=dtype, seed=s) for s in (1, 2))
     parts = torch.split(qkv.clone(), [heads * size, kv_heads * size, kv_heads * size], dim=1)
     q_plain, k_plain, v_plain = (part.view(rows, -1, size) for part in parts)
     expected_k, expected_v = k.clone().flatten(0, 1), v.clone().flatten(0, 1)
-    kept = places >= 0
-    expected_k[places[kept]] = rotate(k_plain, turns[:, None])[kept]
-    expected_v[places[kept]] = v_plain[kept]
+    kept = cache_index >= 0
+    expected_k[cache_index[kept]] = rotate(k_plain, freqs_cis[:, None])[kept]
+    expected_v[cache_index[kept]] = v_plain[kept]
     out = torch.full((rows, heads, size), torch.nan, dtype=dtype, device=DEVICE)
     for target in (out, None):
-        q = rotate_and_store(qkv, cos, sin, places, k, v, heads, kv_heads, target)
-        close(q, rotate(q_plain, turns[:, None]), dtype)
+        q = rotate_and_store(qkv, cos, sin, cache_index, k, v, heads, kv_heads, target)
+        close(q, rotate(q_plain, freqs_cis[:, None]), dtype)
         close(k.flatten(0, 1), expected_k, dtype)
         assert torch.equal(v.flatten(0, 1), expected_v)
     assert q.data_ptr() == qkv.data_ptr()
 
 
-def test_what_is_left_in_parts_is_added_up():
+def test_partials_are_added_up():
     heads, kv_heads, size, rows = 4, 2, 16, 3
-    parts = normal(2, rows, (heads + 2 * kv_heads) * size)
-    whole = parts[0] + parts[1]
+    partials = normal(2, rows, (heads + 2 * kv_heads) * size)
+    whole = partials[0] + partials[1]
     cos, sin = normal(rows, size // 2, seed=2), normal(rows, size // 2, seed=3)
-    places = torch.tensor([5, -1, 0], device=DEVICE)
+    cache_index = torch.tensor([5, -1, 0], device=DEVICE)
     results = []
-    for qkv in (parts, whole):
+    for qkv in (partials, whole):
         out = torch.full((rows, heads, size), torch.nan, device=DEVICE)
         k, v = (torch.zeros(3, 4, kv_heads, size, device=DEVICE) for _ in range(2))
-        rotate_and_store(qkv, cos, sin, places, k, v, heads, kv_heads, out)
+        rotate_and_store(qkv, cos, sin, cache_index, k, v, heads, kv_heads, out)
         results.append((out, k, v))
     for mine, theirs in zip(*results, strict=True):
         assert torch.equal(mine, theirs)
 
     x, weight, left = normal(rows, 96, dtype=HALF), normal(96, dtype=HALF), normal(2, rows, 96)
     sums = x.float() + left[0] + left[1]
-    normed = rms_norm(x, weight, 1e-5, torch.empty_like(x), parts=left)
+    normed = rms_norm(x, weight, 1e-5, torch.empty_like(x), partials=left)
     close(x, sums, HALF)
     assert torch.equal(normed, rms_norm(x, weight, 1e-5))
 
@@ -163,7 +163,7 @@ RAGGED = {
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size"), [(6, 2, 16), (2, 2, 128), (4, 1, 64), (2, 2, 96), (4, 2, 100)]
 )
-def test_attention_of_ragged_runs(name, heads, kv_heads, size):
+def test_attention_of_ragged_prompts(name, heads, kv_heads, size):
     counts, lengths, slots = RAGGED[name]
     batch = Batch(counts, lengths, slots, DEVICE)
     dtypes = (torch.float32, HALF) if size == 16 else (HALF,)
@@ -174,11 +174,11 @@ def test_attention_of_ragged_runs(name, heads, kv_heads, size):
         cut = tiling(size, dtype, DEVICE)
         tiles = tile_table(batch, heads // kv_heads, cut.rows)
         out = torch.full((len(q), heads, size), torch.nan, dtype=dtype, device=DEVICE)
-        assert attend_runs(q, k, v, tiles, out) is out
+        assert attend_prefill(q, k, v, tiles, out) is out
         expected = exact(q, k, v, batch)
         close(out[batch.ones :], expected[batch.ones :], dtype)
         assert out[: batch.ones].isnan().all()
-        attend_runs(q, k, v, tiles, q, cut)
+        attend_prefill(q, k, v, tiles, q, cut)
         assert torch.equal(q[batch.ones :], out[batch.ones :])
 
 
@@ -188,7 +188,7 @@ def test_attention_does_not_depend_on_how_it_is_cut(cut):
     k, v = poisoned(batch, 2, 40, 2, 16, torch.float32)
     q = normal(51, 6, 16)
     tiles = tile_table(batch, 3, cut.rows)
-    out = attend_runs(q, k, v, tiles, torch.full_like(q, torch.nan), cut)
+    out = attend_prefill(q, k, v, tiles, torch.full_like(q, torch.nan), cut)
     close(out, exact(q, k, v, batch), torch.float32)
 
 
@@ -197,7 +197,7 @@ def test_attention_survives_large_scores():
     k, v = poisoned(batch, 1, 24, 1, 16, torch.float32)
     q = 300 * normal(20, 1, 16)
     tiles = tile_table(batch, 1, tiling(16, q.dtype, DEVICE).rows)
-    out = attend_runs(q, k, v, tiles, torch.empty_like(q))
+    out = attend_prefill(q, k, v, tiles, torch.empty_like(q))
     torch.testing.assert_close(out.double(), exact(q, k, v, batch), rtol=1e-4, atol=1e-4)
 
 
@@ -327,52 +327,46 @@ import triton
 from cubins import spilled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from llama.cuda import prefill, rows
+from llama.cuda import norm_rope_gate as rows
+from llama.cuda.attention import prefill
+from llama.cuda.launch import Rows
 
-def build(kernel, pointers, numbers, constants, **options):
-    types = pointers | numbers | dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (at,): [["tt.divisibility", 16]]
-        for at, name in enumerate(kernel.arg_names)
-        if types[name] != "constexpr" and types[name] != "fp32"
-    }
-    source = ASTSource(
-        kernel,
-        {name: types[name] for name in kernel.arg_names},
-        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        aligned,
-    )
+ALIGNED = [["tt.divisibility", 16]]
+
+def build(kernel, types, constants, **options):
+    # `types` of the arguments in their order; those of a group are a NamedTuple
+    every = dict(zip(kernel.arg_names, types + ("constexpr",) * len(constants), strict=True))
+    aligned = {}
+    for at, type in enumerate(types):
+        fields = enumerate(type) if isinstance(type, tuple) else [(None, type)]
+        for field, name in fields:
+            if name != "fp32":
+                aligned[(at,) if field is None else (at, field)] = ALIGNED
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, every, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 for dtype in ("bf16", "fp32"):
     x = "*" + dtype
+    row, cache = Rows(x, "i32"), prefill.Cache(x, x, "i32")
     cut = (prefill.EXACT if dtype == "fp32" else prefill.LARGE)[128]
     attend = build(
-        prefill._attend,
-        dict(q=x, k=x, v=x, out=x, tiles="*i32"),
-        dict(q_row="i32", out_row="i32", slot_stride="i32", scale="fp32"),
-        dict(G=4, K=8, E=128, E_PAD=128, BLOCK_M=cut.rows, BLOCK_N=cut.keys, WIDE=False,
-             OVERLAP=True),
+        prefill._attend, (row, cache, "*i32", row, "fp32"),
+        dict(SHAPE=prefill.Shape(4, 8, 128, 128, cut.rows, cut.keys, False), OVERLAP=True),
         num_warps=cut.warps, num_stages=cut.stages,
     )
-    for parts in (0, 4):
+    for split in (0, 4):
         build(
-            rows._rms_norm, dict(x=x, weight=x, out=x, parts="*fp32"),
-            dict(x_row="i32", out_row="i32", part="i32", eps="fp32"),
-            dict(D=4096, BLOCK=4096, PARTS=parts, ARRANGED=parts > 0, OVERLAP=True),
+            rows._rms_norm, (row, x, row, rows.Partials("*fp32", "i32", "i32"), "fp32"),
+            dict(D=4096, BLOCK=4096, SPLIT=split, ARRANGED=split > 0, OVERLAP=True),
         )
+        qkv = rows.Partials("*fp32" if split else x, "i32", "i32")
         build(
             rows._rotate_and_store,
-            dict(qkv="*fp32" if parts else x, cos="*fp32", sin="*fp32", places="*i64", k_cache=x,
-                 v_cache=x, out=x),
-            dict(qkv_row="i32", out_row="i32", part="i32"),
-            dict(PARTS=max(1, parts), H=32, K=8, E=128, E_PAD=128, H_BLOCK=32, K_BLOCK=8,
-                 OVERLAP=True),
+            (qkv, rows.Rotation("*fp32", "*fp32", "*i64", x, x), row),
+            dict(SPLIT=max(1, split), HEADS=rows.Heads(32, 8, 128, 32, 8, 128), OVERLAP=True),
         )
-    build(
-        rows._silu_multiply, dict(joined=x, out=x), dict(joined_row="i32", out_row="i32"),
-        dict(F=14336, BLOCK=2048, OVERLAP=True),
-    )
+    build(rows._silu_multiply, (row, row), dict(F=14336, BLOCK=2048, OVERLAP=True))
     assert spilled(attend) == 0
     assert dtype == "fp32" or "wgmma.mma_async" in attend.asm["ptx"]
     assert "griddepcontrol.wait" in attend.asm["ptx"]
@@ -427,13 +421,13 @@ def test_attention_on_a_gpu_is_as_exact_as_torch(dtype, size, counts, lengths, s
     q = normal(sum(counts), 32, size, dtype=dtype)
     tiles = tile_table(batch, 4, tiling(size, dtype, DEVICE).rows)
     out = torch.full_like(q, torch.nan)
-    attend_runs(q, k, v, tiles, out)
+    attend_prefill(q, k, v, tiles, out)
     flops = sum(
         4 * 32 * size * (c * n - c * (c - 1) / 2)
         for c, n in zip(counts, lengths, strict=True)
         if c > 1
     )
-    time = milliseconds(lambda: attend_runs(q, k, v, tiles, out))
+    time = milliseconds(lambda: attend_prefill(q, k, v, tiles, out))
     print(f"{dtype} {size} {counts}: {time:.3f} ms, {flops / time / 1e9:.0f} TFLOP/s")
     assert not out[batch.ones :].isnan().any()
     sequences = zip(batch.starts, counts, lengths, slots, strict=False)

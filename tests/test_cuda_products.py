@@ -149,7 +149,7 @@ def test_attention_split_over_ragged_rows(
     )
     q, k, v, slots, lengths = ragged(rows, heads, kv, size, longest)
     kernel = DecodeAttention(rows, heads, kv, size, DEVICE)
-    kernel.sums.fill_(NAN)
+    kernel.partials.acc.fill_(NAN)
     for _ in range(2):  # the second time with the counters that the first one left
         out = torch.full_like(q, NAN)
         kernel(q, k, v, slots, lengths, out)

@@ -19,7 +19,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from llama.cuda import launch, sampling
+from llama.cuda import launch
+from llama.cuda.sampling import lean as sampling
 from llama.cuda.sampling.lean import Sampler
 from llama.sampling import RowParams, SamplingParams, finite_rows, logprobs_of, sample, survivors
 
@@ -71,9 +72,10 @@ class Case:
         """A sampler with these parameters, everything else in it being nonsense."""
         count, vocab = self.logits.shape
         made = Sampler(count + spare, vocab, self.device, self.words)
-        for scratch in (made._keys, made._bins, made._best, made._found, made.seed, made.top_p):
+        mine = made._scratch
+        for scratch in (mine.keys, mine.bins, mine.best, mine.found, made.seed, made.top_p):
             scratch.random_()
-        for scratch in (made._peaks, made._sums, made.logprob, made.temperature):
+        for scratch in (mine.peaks, mine.sums, made.logprob, made.temperature):
             scratch.fill_(math.nan)
         for scratch in (made.ids, made.finite):
             scratch.fill_(-7)
@@ -196,9 +198,11 @@ def test_the_search_of_the_threshold_counts_every_weight_once(small):
         edge = (least.view(torch.int32) - (87 << 23)) >> shift
         left = goal - torch.where(digits > edge, weights, 0.0).sum(-1)
         assert (left > 0).all()
-        assert torch.allclose(made._found[:-1, at].double() / goal, left / goal, rtol=0, atol=1e-6)
+        assert torch.allclose(
+            made._scratch.found[:-1, at].double() / goal, left / goal, rtol=0, atol=1e-6
+        )
         if shift == 19:
-            assert made._found[:-1, 0].tolist() == edge[:, 0].tolist()
+            assert made._scratch.found[:-1, 0].tolist() == edge[:, 0].tolist()
 
 
 @needs_interpreter
@@ -306,7 +310,7 @@ def test_rows_that_are_not_finite_are_told_and_disturb_nobody(small, masked):
         case = Case(logits, [pair] * 9, allowed=allowed)
         made = case.sampler()
         ids, _, finite = case.call(made)
-        assert (made._bins >= 0).all(), "a weight of NaN"
+        assert (made._scratch.bins >= 0).all(), "a weight of NaN"
         assert finite.tolist() == finite_rows(logits).int().tolist() == [0] * 7 + [1] * 2
         assert ((ids >= 0) & (ids < 100)).all()
         assert ids[7] == case.plain()[0][7]
@@ -335,15 +339,14 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from llama.cuda.sampling.lean import lean as sampling
+from llama.cuda.sampling import lean as sampling
 
-TYPES = {"logits": "*fp32", "stride": "i32", "mask": "*i32", "temperature": "*fp32",
-         "top_p": "*i64", "seed": "*i64", "seed_stride": "i32", "index": "*i64", "keys": "*i64",
-         "peaks": "*fp32", "sums": "*fp32", "bins": "*i64", "best": "*i64", "found": "*i64",
-         "ids": "*i64", "logprob": "*fp32", "finite": "*i32", "per": "i32", "parts": "i32"}
-VALUES = {"VOCAB": 128256, "WORDS": 128000, "MASKED": True, "OVERLAP": True,
-          "BLOCK": sampling.BLOCK, "MAX_PARTS": sampling.MAX_PARTS, "BINS": sampling.BINS,
-          "BEST": sampling.BEST}
+GIVEN = sampling.Given("*fp32", "i32", "*i32", "*fp32", "*i64", "*i64", "i32", "*i64")
+TYPES = {"given": GIVEN, "chosen": sampling.Chosen("*i64", "*fp32", "*i32"),
+         "scratch": sampling.Scratch("*i64", "*fp32", "*fp32", "*i64", "*i64", "*i64"),
+         "per": "i32", "parts": "i32"}
+VALUES = {"SHAPE": sampling.Shape(128256, 128000, True, sampling.BLOCK), "WORDS": 128000,
+          "OVERLAP": True}
 found = {}
 for name in sys.argv[1:]:
     kernel = getattr(sampling, name)

@@ -1,7 +1,7 @@
 """How fast a GPU reads its memory: the limit that decode is held against.
 
-Knows nothing of models. The surprising thing: the kernel must make something of what it reads, or
-the compiler would leave the reads out; it stores one sum a program, a thousandth of a percent of
+It knows nothing of models. The surprising thing: the kernel must make something of what it reads,
+or the compiler would leave the reads out; it stores one sum a program, a thousandth of a percent of
 the traffic.
 """
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from llama.cuda.launch import INTERPRETED
 
 ROUNDS = 8  # blocks of a program, all under way at once
-WAYS = ((2048, 4), (4096, 8), (8192, 8), (8192, 16))  # block, warps: which is best, GPUs differ in
+WAYS = ((2048, 4), (4096, 8), (8192, 8), (8192, 16))  # block, warps: the best depends on the GPU
 
 
 @triton.jit
-def _sums(numbers, sums, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """sums[p] = the sum, modulo 2^32, of the p-th BLOCK * ROUNDS of int32 `numbers`."""
+def _sums(numbers, sums, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
+    """Store in sums[p] the sum, modulo 2^32, of the p-th BLOCK * ROUNDS of int32 `numbers`."""
     program = tl.program_id(0)
     first = numbers + program.to(tl.int64) * (BLOCK * ROUNDS) + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int32)

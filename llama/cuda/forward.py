@@ -1,9 +1,10 @@
 """The forward of many rows on one GPU: prompts, their chunks, and decodes beside them.
 
-What Transformer.hidden and .logits compute, with the weights that share an input joined into one
-product, norms, rotation, cache and gate as one kernel each, and all causal attention in one launch.
-It knows no requests. The surprising thing: residuals are added by the products themselves, which
-accumulate onto the states in place. Packed weights are unpacked for each product, a part at a time.
+It computes what Transformer.hidden and .logits compute, with the weights that share an input joined
+into one product, norms, rotation, cache and gate as one kernel each, and all causal attention in
+one launch. It knows no requests. The surprising thing: residuals are added by the products
+themselves, which accumulate onto the states in place. Packed weights are unpacked for each product,
+a part at a time.
 
 Letters: N rows, D dim, H query heads and K key/value heads, E head size, F hidden size, M wanted
 logits, V vocabulary, R one-token sequences, P slots, T positions, X tiles.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.cache import Batch, KVCache
-from llama.cuda.attention.prefill import attend_runs, tile_table, tiling
+from llama.cuda.attention.prefill import attend_prefill, tile_table, tiling
 from llama.cuda.launch import compile_together, on_its_device
 from llama.cuda.norm_rope_gate import rms_norm, rotate_and_store, silu_multiply
 from llama.cuda.products.unpack import Unpacked
@@ -39,9 +40,9 @@ UNPACKED = 2**25  # numbers of a packed matrix that are unpacked at once, at mos
 def joined(modules: Sequence[nn.Module]) -> Weight:
     """The weights of layers, one below the other: (sum of rows, in).
 
-    A view where they lie so in one storage already. Elsewhere they are copied into a new one, and
-    the layers' weights become views of that, so that nothing is held twice. Scales and offsets of
-    int4 come to lie side by side, as kernels read them.
+    The result is a view where they lie so in one storage already. Elsewhere they are copied into a
+    new one, and the layers' weights become views of that, so that nothing is held twice. Scales and
+    offsets of int4 come to lie side by side, as kernels read them.
     """
     packed = [m.packed for m in modules if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
     held = {str(p.format) for p in packed}
@@ -67,7 +68,7 @@ def _hand_out(modules: Sequence[nn.Module], **tensors: Tensor) -> dict[str, Tens
 
 
 def _below(tensors: Sequence[Tensor]) -> Tensor:
-    """Contiguous tensors as one, rows first: a view if they lie one below the other, or a copy."""
+    """Contiguous tensors, joined along their rows: a view if they lie so, or a copy."""
     first, sizes = tensors[0].detach(), [len(tensor) for tensor in tensors]
     starts = accumulate((tensor.nbytes for tensor in tensors), initial=first.data_ptr())
     if all(
@@ -82,8 +83,9 @@ def _below(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def rows_at_once(weight: Weight) -> int:
-    """Of a weight, for a product by torch: all of a plain one, of a packed one what is unpacked, a
-    power of two, since columns of a result that begin anywhere make torch's products slow."""
+    """How many rows of a weight torch multiplies by at once: all of a plain one; of a packed one as
+    many as are unpacked, a power of two, since columns of a result that begin anywhere make torch's
+    products slow."""
     if isinstance(weight, Tensor):
         return len(weight)
     return min(weight.shape[0], largest_power_of_two(max(1, UNPACKED // weight.shape[1])))
@@ -122,16 +124,16 @@ class Step(NamedTuple):
     cache: KVCache
     cos: Tensor  # (N, E/2) float32
     sin: Tensor
-    places: Tensor  # (N,) in the cache
+    cache_index: Tensor  # (N,) where each row's keys and values belong
     lengths: Tensor  # (R,) keys of the one-token sequences
     tiles: Tensor | None  # (X, 5) of the others
 
 
 class FlatForward:
-    """`hidden` and `logits` of a Transformer of one rank, by kernels.
+    """Computes `hidden` and `logits` of a Transformer of one rank, by kernels.
 
     `attend_ones` is the attention of the sequences that bring one token; None means the plain one.
-    For inference only: no gradients, and states are overwritten.
+    It is for inference only: there are no gradients, and states are overwritten.
     """
 
     def __init__(self, model: Transformer, attend_ones: AttendOnes | None = None) -> None:
@@ -153,7 +155,7 @@ class FlatForward:
         self.compiled = weight.device.type != "cuda"
 
     def _largest(self) -> int:
-        """Numbers of the most that is unpacked at once."""
+        """The largest number of elements that is unpacked at once."""
         every = [self.output, *(weight for block in self.blocks for weight in block.products())]
         return max(
             (rows_at_once(w) * w.shape[1] for w in every if isinstance(w, Packed)), default=0
@@ -162,15 +164,15 @@ class FlatForward:
     @on_its_device
     @torch.no_grad()
     def hidden(self, tokens: Tensor, positions: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """The normed states (N, D) that `logits` reads; arguments as of Transformer.hidden."""
+        """The normed states (N, D) that `logits` reads; the arguments are Transformer.hidden's."""
         eps = self.model.params.norm_eps
         angles = positions[:, None].float() * self.model.freqs  # (N, E/2)
-        turns = torch.polar(torch.ones_like(angles), angles)  # as in model.py, to the last bit
+        freqs_cis = torch.polar(torch.ones_like(angles), angles)  # as in model.py, to the last bit
         step = Step(
             batch,
             cache,
-            turns.real.contiguous(),
-            turns.imag.contiguous(),
+            freqs_cis.real.contiguous(),
+            freqs_cis.imag.contiguous(),
             cache.places(batch, positions),
             positions[: batch.ones] + 1,
             tile_table(batch, self.heads // self.kv_heads, self.cut.rows),
@@ -178,7 +180,7 @@ class FlatForward:
         x = self.model.tok_embeddings(tokens)  # (N, D)
         h = torch.empty_like(x)
         if not self.compiled:
-            # of no meaning: torch's products run, kernels do not
+            # the results mean nothing: torch's products run, kernels do not
             compile_together(lambda: self._layer(h, h, 0, step), x.device)
             self.compiled = True
         for layer in range(len(self.blocks)):
@@ -193,7 +195,7 @@ class FlatForward:
         return self.logits_into(h, out)[..., : self.model.params.vocab_size]
 
     def logits_into(self, h: Tensor, out: Tensor) -> Tensor:
-        """Products (M, V) of states and the output matrix, float32 like `out`, where they go."""
+        """Write the products (M, V) of states and the output matrix into `out`, float32."""
         for low, high, some in self.parts(self.output):
             float32_product(h, some, out[:, low:high])
         return out
@@ -221,7 +223,7 @@ class FlatForward:
             into[:, low:high].addmm_(x, some.t())
 
     def _layer(self, h: Tensor, x: Tensor, layer: int, step: Step) -> None:
-        """A layer's sums onto x (N, D); h (N, D) is scratch."""
+        """Add what a layer computes to x (N, D); h (N, D) is scratch."""
         block, eps = self.blocks[layer], self.model.params.norm_eps
         rms_norm(x, block.attention_norm, eps, out=h)
         self._attention(h, x, layer, block, step)
@@ -234,7 +236,7 @@ class FlatForward:
         batch, ones = step.batch, step.batch.ones
         k, v = step.cache.k[layer], step.cache.v[layer]
         q = rotate_and_store(
-            qkv, step.cos, step.sin, step.places, k, v, self.heads, self.kv_heads
+            qkv, step.cos, step.sin, step.cache_index, k, v, self.heads, self.kv_heads
         )  # (N, H, E)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if ones and self.attend_ones is None:
@@ -242,7 +244,7 @@ class FlatForward:
         elif ones and self.attend_ones is not None:
             self.attend_ones(q[:ones], k, v, batch.slot_of_row[:ones], step.lengths, out[:ones])
         if step.tiles is not None:
-            attend_runs(q, k, v, step.tiles, out, self.cut)
+            attend_prefill(q, k, v, step.tiles, out, self.cut)
         self.add_product(x, out.flatten(1), block.wo)
 
     def _feed_forward(self, h: Tensor, x: Tensor, block: Block) -> None:

@@ -1,4 +1,6 @@
-"""What all kernels share: how launches overlap, and how a kernel is run without a GPU.
+"""What all kernels share: how launches overlap, and how a kernel is compiled, or run without a GPU.
+
+It knows launches and devices, and no kernel by name.
 
 Programmatic dependent launch (compute capability 9.0): a kernel that is launched with `OVERLAP`
 begins while its predecessor runs. Until `wait` returns it may read what no kernel writes, weights
@@ -8,6 +10,9 @@ promise hold along a chain of kernels. `allow` lets the successor begin.
 
 Nobody should wait for a compiler: what a step or a prompt launches is compiled in one go before the
 first one, by as many threads as there are processors (`compile_together`).
+
+Kernels take what belongs together as one argument: a NamedTuple of tensors and numbers, whose
+fields they read by name, or, as a constant, one of integers and flags.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, copy_context
 from functools import cache, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 P = ParamSpec("P")
@@ -28,33 +34,45 @@ T = TypeVar("T")
 # Kernels, while they are not to run; of this thread alone, since others go on launching theirs.
 _gathered: ContextVar[list[Any] | None] = ContextVar("gathered", default=None)
 
-LEAST_SHARED = 32 * 1024  # bytes of a program below which blocks are not made for
+LEAST_SHARED = 32 * 1024  # bytes of shared memory, at least, that blocks are chosen for
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter, on CPU tensors: tests
 
 
+class Rows(NamedTuple):
+    """The rows of a tensor, as one argument of a kernel; numbers of a row are neighbours."""
+
+    data: Tensor
+    stride: int  # numbers from one row to the next
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Rows":
+        return cls(tensor, tensor.stride(0))
+
+
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Where `device` is the GPU that launches, events and memory of this thread are of."""
+    """A context in which `device` is the GPU of this thread's launches, events and memory."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def on_its_device(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """A method that runs where `self.device` is the current one, whichever was before: threads have
-    their own, and Triton launches on it."""
+    """The method, run with `self.device` as the current device whichever was current before: every
+    thread has its own, and Triton launches on it."""
 
     @wraps(method)
-    def there(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:  # noqa: ANN401
+    def on_device(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         with current(self.device):
             return method(self, *args, **kwargs)
 
-    return there
+    return on_device
 
 
-def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:  # noqa: ANN401
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:
     """`kernel[grid]`, to be called with the arguments; see `compile_together`."""
     gathered = _gathered.get()
     if gathered is None:
-        return kernel[grid]  # type: ignore[no-any-return]
+        run: Callable[..., object] = kernel[grid]
+        return run
     return lambda *args, **options: gathered.append(kernel.warmup(*args, grid=grid, **options))
 
 
@@ -74,35 +92,35 @@ def _compile_together(function: Callable[[], object], device: int) -> None:
         with triton.AsyncCompileMode(threads):
             function()
 
-        def load(kernel: Any) -> None:  # noqa: ANN401
+        def load(kernel: Any) -> None:
             torch.cuda.set_device(device)
             kernel = kernel.result() if hasattr(kernel, "result") else kernel
-            kernel.run  # noqa: B018  (compiles what launches it, in C)
+            _ = kernel.run  # reading it compiles what launches the kernel, in C
 
         list(threads.map(load, {id(kernel): kernel for kernel in gathered}.values()))
 
 
 @triton.jit
-def wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def wait(OVERLAP: tl.constexpr):
     """Return when everything that was launched before has been written."""
     if OVERLAP:
         gdc_wait()
 
 
 @triton.jit
-def allow(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def allow(OVERLAP: tl.constexpr):
     """Let the next kernel begin, up to its own `wait`."""
     if OVERLAP:
         gdc_launch_dependents()
 
 
 @triton.jit
-def fetch(row, length, FETCH: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
-    """Have the first FETCH bytes of rows brought to the L2 cache; (N, 1) pointers to `length`
-    numbers each, of what no kernel writes. Waits for nothing."""
-    if OVERLAP and FETCH > 0:
+def prefetch(row, length, BYTES: tl.constexpr, OVERLAP: tl.constexpr):
+    """Prefetch the first BYTES bytes of rows into the L2 cache, without waiting for them: `row`
+    (N, 1) points to `length` numbers each, which no kernel writes."""
+    if OVERLAP and BYTES > 0:
         numbers: tl.constexpr = 1024 // row.dtype.element_ty.primitive_bitwidth  # of a cache line
-        lines: tl.constexpr = triton.next_power_of_2(FETCH // 128)
+        lines: tl.constexpr = triton.next_power_of_2(BYTES // 128)
         line = tl.minimum(tl.arange(0, lines) * numbers, length - 1)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(row + line[None, :]).to(tl.int64)],
@@ -111,19 +129,20 @@ def fetch(row, length, FETCH: tl.constexpr, OVERLAP: tl.constexpr):  # type: ign
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; (0, 0) in the interpreter, and of a CPU."""
+    """The compute capability of a device: (0, 0) for a CPU, and in the interpreter."""
     if INTERPRETED or device.type != "cuda":
         return 0, 0
     return torch.cuda.get_device_capability(device)
 
 
 def index_of(device: torch.device) -> int:
-    """Of a GPU."""
+    """The number of a GPU: that of the current one where the device does not say."""
     return torch.cuda.current_device() if device.index is None else device.index
 
 
 def multiprocessors_and_memory(device: torch.device) -> tuple[int, int]:
-    """Of a GPU, and how many bytes of it a program may share; in the interpreter some."""
+    """How many multiprocessors a GPU has, and how many bytes of shared memory a program may have
+    there. A CPU, and the interpreter, count as one with 227 KB."""
     if INTERPRETED or device.type != "cuda":
         return 1, _less.get(device, 227 * 1024)
     found = triton.runtime.driver.active.utils.get_device_properties(index_of(device))
@@ -131,12 +150,12 @@ def multiprocessors_and_memory(device: torch.device) -> tuple[int, int]:
     return found["multiprocessor_count"], min(shared, _less.get(device, shared))
 
 
-_less: dict[torch.device, int] = {}  # bytes for a program, where a kernel found too few
+_less: dict[torch.device, int] = {}  # bytes of shared memory, where a kernel found too few
 
 
 def use_less(device: torch.device) -> bool:
-    """Have the kernels of whatever is made from now on share half as much memory, for a device that
-    could not load one; False where they are as small as they can be."""
+    """Halve the shared memory that kernels are made for from now on, on a device that could not
+    load one; return False where they are as small as they can be."""
     shared = multiprocessors_and_memory(device)[1] // 2
     if shared < LEAST_SHARED:
         return False
@@ -146,6 +165,6 @@ def use_less(device: torch.device) -> bool:
 
 @cache
 def overlap(device: torch.device) -> Mapping[str, Any]:
-    """Keyword arguments of a launch: overlapped with its predecessor where the GPU can do that."""
+    """Keyword arguments that overlap a launch with its predecessor, where the GPU can do that."""
     can = capability(device) >= (9, 0)
     return {"OVERLAP": True, "launch_pdl": True} if can else {"OVERLAP": False}

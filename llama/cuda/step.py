@@ -407,7 +407,7 @@ class CapturedStep:
             return x, (weight, eps)
         left, self.left = self.left, None
         normed = self.scratch.normed[:n]
-        return rms_norm(x, weight, eps, normed, parts=left, arranged=arranged), None
+        return rms_norm(x, weight, eps, normed, partials=left, arranged=arranged), None
 
     def _few(self, n: int, layer: int, block: Block, long: bool) -> None:
         s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]

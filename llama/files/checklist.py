@@ -192,7 +192,9 @@ def _check_file(path: Path, entry: Listed, count: Advance, stop: Event) -> str |
 
 def checklist(files: Mapping[str, Path], advance: Advance = lambda n: None) -> str:
     """The text of a checklist of `files`, by name, in the format of md5sum, as Meta's downloads."""
-    return "".join(f"{file_digest(file, 'md5', advance)}  {name}\n" for name, file in files.items())
+    return "".join(
+        f"{file_digest(file, 'md5', advance, Event())}  {name}\n" for name, file in files.items()
+    )
 
 
 def write_checklist(folder: Path, advance: Advance = lambda n: None) -> None:

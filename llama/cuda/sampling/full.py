@@ -1,7 +1,8 @@
-"""The choice of a captured step whose rows ask for more than temperature and top_p.
+"""The choice of a full step: one whose rows ask for more than temperature and top_p.
 
-Penalties, biases, top_k, min_p and the most probable alternatives, by llama.sampling's own
-functions on tensors that keep their places; `lean.py` is the fast way for all others.
+Penalties, biases, top_k, min_p and the most probable alternatives are computed by llama.sampling's
+own functions, on tensors whose addresses never change, so that a step can be captured. A step that
+needs none of them is lean, and chooses by lean.py. This file knows rows, and no requests.
 The surprising thing: how often each row generated each token is counted on the device, so that a
 penalty knows the token of the step before, which the host has not seen.
 
@@ -28,7 +29,7 @@ from llama.sampling import (
 
 
 class Shifts:
-    """Parameters, counts and alternatives of up to `max_rows` rows; allocated when first needed."""
+    """Holds parameters, counts and alternatives of up to `max_rows` rows, allocated when needed."""
 
     counts: Tensor  # (R, V) float32: how often each token was generated
     shift: Tensor  # (R, V) float32, added to the logits: biases
@@ -70,7 +71,7 @@ class Shifts:
         self.tops = torch.zeros(max_rows, 1, device=self.device)
 
     def reserve(self, top: int) -> bool:
-        """Room for `top` alternatives a row; whether that made `top_ids` and `tops` new ones."""
+        """Make room for `top` alternatives a row; return whether `top_ids` and `tops` are new."""
         if self.rows is None:
             self._allocate()
         if self.top_ids.shape[1] >= top:

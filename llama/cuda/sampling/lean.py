@@ -1,5 +1,6 @@
 """A token for each row inside a captured step, in five launches; greedy, in two of them.
 
+A step is lean if its rows ask for nothing beyond temperature and top_p; full.py is for the others.
 The plain counterpart is `llama.sampling.sample`, whose ids these are; top_k, min_p, penalties and
 biases are not known here. Nothing is sorted, allocated or waited for, and scratch is cleared by the
 launches that use it, so that a step that was given up leaves nothing behind.
@@ -12,9 +13,7 @@ of additions changes a choice.
 R rows (sequences)   V vocabulary   P parts of a row, one program each
 """
 
-# ruff: noqa: ANN001, ANN202 (arguments of kernels have no types in Python)
-
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +26,7 @@ from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WEIGHT_SCALE
 
 BLOCK = 1024  # tokens that a program has in registers at a time
 PROGRAMS = 512  # of a launch, about: 4 to a multiprocessor
-MAX_PARTS = 128  # of a row
+MAX_PARTS = tl.constexpr(128)  # of a row
 
 # Rounded as in torch's own kernels, so that ids agree: a * b + c is rounded twice, exponentials and
 # logarithms are those of NVIDIA's library, and that keeps denormal numbers.
@@ -45,42 +44,86 @@ COLDEST = tl.constexpr(SMALLEST_NORMAL)
 LOWEST = tl.constexpr((127 - 40) << 23)
 SHIFT, SHIFT_LOW = tl.constexpr(19), tl.constexpr(9)
 RADIX, RADIX_LOW = tl.constexpr(1024), tl.constexpr(512)
-BINS = 2 * 1024 + 512  # three histograms
+BINS = tl.constexpr(2 * 1024 + 512)  # three histograms
 SURE = tl.constexpr(512)  # after the best token of every third digit: the best above all of them
-BEST = 512 + 1
+BEST = tl.constexpr(512 + 1)
 
 LAST_ID = tl.constexpr(2**31 - 1)
 LEAST_KEY = tl.constexpr(-(2**63))
+
+
+# ---- arguments of the kernels
+
+
+class Given(NamedTuple):
+    """What the rows are chosen from, and how: logits (R, V) and each row's parameters."""
+
+    logits: Tensor
+    stride: int  # numbers from one row to the next
+    mask: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    seed: Tensor
+    seed_stride: int  # numbers from the low words to the high ones
+    generated: Tensor  # (R,) int64: how many tokens each row generated before this one
+
+
+class Scratch(NamedTuple):
+    """What the launches of one choice hand on to each other."""
+
+    keys: Tensor  # (R, MAX_PARTS) int64: the greatest logit of each part, as `_key` has it
+    peaks: Tensor  # (R, MAX_PARTS) float32: the greatest logit of the model itself
+    sums: Tensor  # (R, MAX_PARTS) float32: the sum of exponentials of logits less that
+    bins: Tensor  # (R, BINS) int64: the sums of weights by each digit
+    best: Tensor  # (R, BEST) int64: the best token of each third digit, and above all of them
+    found: Tensor  # (R, 3) int64: first digit, goal after it, goal after the second
+
+
+class Chosen(NamedTuple):
+    """Where the choices go."""
+
+    ids: Tensor
+    logprob: Tensor
+    finite: Tensor
+
+
+class Shape(NamedTuple):
+    """The sizes of a choice, as a constant of its kernels."""
+
+    VOCAB: int
+    WORDS: int  # ids from here on are never chosen
+    MASKED: bool  # whether `mask` is read
+    BLOCK: int  # tokens that a program has in registers at a time
 
 
 # ---- one token
 
 
 @triton.jit
-def _load(  # type: ignore[no-untyped-def]
-    logits, mask, row, ids, stride, VOCAB: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
+def _load(given, row, ids, SHAPE: tl.constexpr):
     """Logits as the model has them, and as they may be chosen from: masked ones are -inf, and those
     of ids that no token has."""
-    raw = tl.load(logits + row.to(tl.int64) * stride + ids, mask=ids < VOCAB, other=-float("inf"))
+    VOCAB: tl.constexpr = SHAPE.VOCAB
+    at = given.logits + row.to(tl.int64) * given.stride + ids
+    raw = tl.load(at, mask=ids < VOCAB, other=-float("inf"))
     open_to = raw
-    if WORDS < VOCAB:
-        open_to = tl.where(ids < WORDS, open_to, -float("inf"))
-    if MASKED:
-        words = mask + row.to(tl.int64) * ((VOCAB + 31) // 32) + ids // 32
+    if SHAPE.WORDS < VOCAB:
+        open_to = tl.where(ids < SHAPE.WORDS, open_to, -float("inf"))
+    if SHAPE.MASKED:
+        words = given.mask + row.to(tl.int64) * ((VOCAB + 31) // 32) + ids // 32
         bit = tl.load(words, mask=ids < VOCAB, other=0) >> (ids % 32) & 1
         open_to = tl.where(bit == 1, open_to, -float("inf"))
     return raw, open_to
 
 
 @triton.jit
-def _ordered(bits):  # type: ignore[no-untyped-def]
-    """Bit patterns of floats to integers in the floats' order, and back."""
+def _ordered(bits):
+    """Bit patterns of floats as integers in the floats' order, and back."""
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def _key(values, ids):  # type: ignore[no-untyped-def]
+def _key(values, ids):
     """One integer whose maximum is the greatest value and, among equals, the lowest id."""
     values = tl.where(values == 0.0, 0.0, values)  # -0.0 equals 0.0
     high = _ordered(values.to(tl.int32, bitcast=True)).to(tl.int64) << 32
@@ -88,33 +131,34 @@ def _key(values, ids):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _value(key):  # type: ignore[no-untyped-def]
+def _value(key):
     """The float that a key was made of."""
     return _ordered((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _best_key(keys, row, parts, MAX_PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _best_key(keys, row, parts):
     """The key of the row's greatest logit."""
     at = tl.arange(0, MAX_PARTS)
     return tl.max(tl.load(keys + row * MAX_PARTS + at, mask=at < parts, other=LEAST_KEY), 0)
 
 
 @triton.jit
-def _odds(logits, peak, temperature):  # type: ignore[no-untyped-def]
-    """Logits less the row's maximum, over temperature: <= 0, whatever the row holds; tokens'
-    weights; and their places among the weights above 0 (negative where a token has none)."""
-    heat = tl.zeros_like(logits) + tl.maximum(temperature, COLDEST)
-    scaled = tl.div_rn(logits - peak, heat)
+def _odds(logits, peak, temperature):
+    """Logits less the row's maximum, over temperature: <= 0, whatever the row holds; the tokens'
+    weights; and their three digits as one number (negative where a weight is 0)."""
+    divisor = tl.zeros_like(logits) + tl.maximum(temperature, COLDEST)
+    scaled = tl.div_rn(logits - peak, divisor)
     scaled = tl.where(scaled <= 0, scaled, -float("inf"))
     odds = libdevice.exp(scaled) if LIBDEVICE else tl.exp(scaled)
     return scaled, (odds * SCALE).to(tl.int64), odds.to(tl.int32, bitcast=True) - LOWEST
 
 
 @triton.jit
-def _gumbel(seed, stride, index, first, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gumbel(given, row, first, BLOCK: tl.constexpr):
     """`llama.sampling.gumbel` of the ids from `first`, a multiple of 4, to `first + BLOCK`."""
-    left, right = tl.load(seed).to(tl.uint32), tl.load(seed + stride).to(tl.uint32)
+    seed, index = given.seed + row, tl.load(given.generated + row)
+    left, right = tl.load(seed).to(tl.uint32), tl.load(seed + given.seed_stride).to(tl.uint32)
     block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     low = tl.zeros_like(block) + (index & 0xFFFFFFFF).to(tl.uint32)
     high = tl.zeros_like(block) + (index >> 32).to(tl.uint32)
@@ -131,7 +175,7 @@ def _gumbel(seed, stride, index, first, BLOCK: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _digit(bins, goal, RADIX: tl.constexpr):  # type: ignore[no-untyped-def]
+def _digit(bins, goal, RADIX: tl.constexpr):
     """The largest digit from which on a histogram sums to `goal`; what is left of goal for it."""
     at = tl.arange(0, RADIX)
     weights = tl.load(bins + at)
@@ -141,7 +185,7 @@ def _digit(bins, goal, RADIX: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _goal(bins, top_p, RADIX: tl.constexpr):  # type: ignore[no-untyped-def]
+def _goal(bins, top_p, RADIX: tl.constexpr):
     """top_p of a row's total weight, in two parts, so that no product leaves 64 bits."""
     total = tl.sum(tl.load(bins + tl.arange(0, RADIX)), 0)
     return (total >> SHARE_BITS) * top_p + ((total & (FULL - 1)) * top_p >> SHARE_BITS)
@@ -150,47 +194,49 @@ def _goal(bins, top_p, RADIX: tl.constexpr):  # type: ignore[no-untyped-def]
 # ---- launches
 
 
+@triton.jit
+def _clear(scratch, row):
+    """Clear a row's histograms and best tokens."""
+    lanes = tl.arange(0, 1024)
+    for start in tl.static_range(0, BINS, 1024):
+        at = start + lanes
+        tl.store(scratch.bins + row * BINS + at, tl.zeros_like(at).to(tl.int64), mask=at < BINS)
+    lowest = tl.full([1024], LEAST_KEY, tl.int64)
+    tl.store(scratch.best + row * BEST + lanes, lowest, mask=lanes < BEST)
+
+
 @triton.jit(do_not_specialize=["per"])
-def _peaks(  # type: ignore[no-untyped-def]
-    logits, stride, mask, temperature, keys, peaks, sums, bins, best, per,
-    VOCAB: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-    MAX_PARTS: tl.constexpr, BINS: tl.constexpr, BEST: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Of every part: its greatest logit and id, its softmax sum; scratch is cleared."""
+def _peaks(given, scratch, per, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
+    """The greatest logit of every part, its id, and its softmax sum; scratch is cleared."""
     allow(OVERLAP)
     wait(OVERLAP)
+    VOCAB: tl.constexpr = SHAPE.VOCAB
+    BLOCK: tl.constexpr = SHAPE.BLOCK
     part, row = tl.program_id(0), tl.program_id(1)
-    if (part == 0) & (tl.load(temperature + row) > 0):
-        wide = tl.arange(0, 1024)
-        for start in tl.static_range(0, BINS, 1024):
-            at = start + wide
-            tl.store(bins + row * BINS + at, tl.zeros_like(at).to(tl.int64), mask=at < BINS)
-        lowest = tl.full([1024], LEAST_KEY, tl.int64)
-        tl.store(best + row * BEST + wide, lowest, mask=wide < BEST)
+    if (part == 0) & (tl.load(given.temperature + row) > 0):
+        _clear(scratch, row)
     first = part * per * BLOCK
     lanes = tl.arange(0, BLOCK)
     key = tl.full([BLOCK], LEAST_KEY, tl.int64)
-    peak = tl.full([], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    m_i = tl.full([], -float("inf"), tl.float32)
+    l_i = tl.zeros([BLOCK], tl.float32)
     for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
         ids = start + lanes
-        raw, open_to = _load(logits, mask, row, ids, stride, VOCAB, WORDS, MASKED)
+        raw, open_to = _load(given, row, ids, SHAPE)
         key = tl.maximum(key, _key(open_to, ids))
-        higher = tl.maximum(peak, tl.max(raw, 0))
-        base = tl.where(higher == -float("inf"), 0.0, higher)  # -inf less -inf is NaN
-        total = total * tl.exp(peak - base) + tl.exp(raw - base)
-        peak = higher
-    tl.store(keys + row * MAX_PARTS + part, tl.max(key, 0))
-    tl.store(peaks + row * MAX_PARTS + part, peak)
-    tl.store(sums + row * MAX_PARTS + part, tl.sum(total, 0))  # NaN where the part has NaN or inf
+        m_new = tl.maximum(m_i, tl.max(raw, 0))
+        base = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf less -inf is NaN
+        l_i = l_i * tl.exp(m_i - base) + tl.exp(raw - base)
+        m_i = m_new
+    tl.store(scratch.keys + row * MAX_PARTS + part, tl.max(key, 0))
+    tl.store(scratch.peaks + row * MAX_PARTS + part, m_i)
+    tl.store(
+        scratch.sums + row * MAX_PARTS + part, tl.sum(l_i, 0)
+    )  # NaN if the part has NaN or inf
 
 
 @triton.jit(do_not_specialize=["per"])
-def _weigh(  # type: ignore[no-untyped-def]
-    logits, stride, mask, temperature, top_p, keys, bins, per,
-    VOCAB: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-    MAX_PARTS: tl.constexpr, BINS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+def _weigh(given, scratch, per, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
     """The weights by their first digit.
 
     The most probable token weighs SCALE, so tokens of less than (1 - top_p) * SCALE / V are in sum
@@ -199,68 +245,65 @@ def _weigh(  # type: ignore[no-untyped-def]
     """
     allow(OVERLAP)
     wait(OVERLAP)
+    VOCAB: tl.constexpr = SHAPE.VOCAB
+    BLOCK: tl.constexpr = SHAPE.BLOCK
     part, row = tl.program_id(0), tl.program_id(1)
-    share, heat = tl.load(top_p + row), tl.load(temperature + row)
-    if (heat > 0) & (share < FULL):
-        peak = _value(_best_key(keys, row, tl.num_programs(0), MAX_PARTS))
-        bins += row * BINS
-        tail = (-share + FULL) * LEAST_TAIL // VOCAB
+    top_p, temperature = tl.load(given.top_p + row), tl.load(given.temperature + row)
+    if (temperature > 0) & (top_p < FULL):
+        peak = _value(_best_key(scratch.keys, row, tl.num_programs(0)))
+        bins = scratch.bins + row * BINS
+        tail = (-top_p + FULL) * LEAST_TAIL // VOCAB
         first = part * per * BLOCK
         lumped = tl.zeros([BLOCK], tl.int64)
         for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            _, open_to = _load(logits, mask, row, ids, stride, VOCAB, WORDS, MASKED)
-            _, weights, places = _odds(open_to, peak, heat)
-            counts = (places >= 0) & (weights >= tail)
-            tl.atomic_add(bins + (places >> SHIFT), weights, mask=counts, sem="relaxed")
+            _, open_to = _load(given, row, ids, SHAPE)
+            _, weights, digits = _odds(open_to, peak, temperature)
+            counts = (digits >= 0) & (weights >= tail)
+            tl.atomic_add(bins + (digits >> SHIFT), weights, mask=counts, sem="relaxed")
             lumped += tl.where(counts, 0, weights)
         tl.atomic_add(bins, tl.sum(lumped, 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["per"])
-def _narrow(  # type: ignore[no-untyped-def]
-    logits, stride, mask, temperature, top_p, keys, bins, found, per,
-    VOCAB: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-    MAX_PARTS: tl.constexpr, BINS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+def _narrow(given, scratch, per, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
     """The threshold's first digit; by their second the weights that share it."""
     allow(OVERLAP)
     wait(OVERLAP)
+    VOCAB: tl.constexpr = SHAPE.VOCAB
+    BLOCK: tl.constexpr = SHAPE.BLOCK
     part, row = tl.program_id(0), tl.program_id(1)
-    share, heat = tl.load(top_p + row), tl.load(temperature + row)
-    if (heat > 0) & (share < FULL):
-        peak = _value(_best_key(keys, row, tl.num_programs(0), MAX_PARTS))
-        bins += row * BINS
-        digit, goal = _digit(bins, _goal(bins, share, RADIX), RADIX)
+    top_p, temperature = tl.load(given.top_p + row), tl.load(given.temperature + row)
+    if (temperature > 0) & (top_p < FULL):
+        peak = _value(_best_key(scratch.keys, row, tl.num_programs(0)))
+        bins = scratch.bins + row * BINS
+        digit, goal = _digit(bins, _goal(bins, top_p, RADIX), RADIX)
         if part == 0:
-            tl.store(found + row * 3, digit.to(tl.int64))
-            tl.store(found + row * 3 + 1, goal)
+            tl.store(scratch.found + row * 3, digit.to(tl.int64))
+            tl.store(scratch.found + row * 3 + 1, goal)
         first = part * per * BLOCK
         for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            _, open_to = _load(logits, mask, row, ids, stride, VOCAB, WORDS, MASKED)
-            _, weights, places = _odds(open_to, peak, heat)
-            second = bins + RADIX + (places >> SHIFT_LOW & (RADIX - 1))
-            tl.atomic_add(second, weights, mask=places >> SHIFT == digit, sem="relaxed")
+            _, open_to = _load(given, row, ids, SHAPE)
+            _, weights, digits = _odds(open_to, peak, temperature)
+            second = bins + RADIX + (digits >> SHIFT_LOW & (RADIX - 1))
+            tl.atomic_add(second, weights, mask=digits >> SHIFT == digit, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["per"])
-def _draw(  # type: ignore[no-untyped-def]
-    logits, stride, mask, temperature, top_p, seed, seed_stride, index, keys, bins, best, found,
-    per, VOCAB: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-    MAX_PARTS: tl.constexpr, BINS: tl.constexpr, BEST: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+def _draw(given, scratch, per, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
     """The threshold's second digit; the best score above it, and by third digit the best at it."""
     allow(OVERLAP)
     wait(OVERLAP)
+    VOCAB: tl.constexpr = SHAPE.VOCAB
+    BLOCK: tl.constexpr = SHAPE.BLOCK
     part, row = tl.program_id(0), tl.program_id(1)
-    share, heat = tl.load(top_p + row), tl.load(temperature + row)
-    if heat > 0:
-        peak = _value(_best_key(keys, row, tl.num_programs(0), MAX_PARTS))
-        bins += row * BINS
-        best += row * BEST
+    top_p, temperature = tl.load(given.top_p + row), tl.load(given.temperature + row)
+    if temperature > 0:
+        peak = _value(_best_key(scratch.keys, row, tl.num_programs(0)))
+        bins, best, found = scratch.bins + row * BINS, scratch.best + row * BEST, scratch.found
         edge = tl.full([], -(2**30), tl.int32)  # every token is above it
-        if share < FULL:
+        if top_p < FULL:
             digit, goal = _digit(bins + RADIX, tl.load(found + row * 3 + 1), RADIX)
             edge = tl.load(found + row * 3).to(tl.int32) * RADIX + digit
             if part == 0:
@@ -269,51 +312,48 @@ def _draw(  # type: ignore[no-untyped-def]
         top = tl.full([BLOCK], LEAST_KEY, tl.int64)
         for start in range(first, tl.minimum(first + per * BLOCK, VOCAB), BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            _, open_to = _load(logits, mask, row, ids, stride, VOCAB, WORDS, MASKED)
-            scaled, weights, places = _odds(open_to, peak, heat)
-            high = places >> SHIFT_LOW
+            _, open_to = _load(given, row, ids, SHAPE)
+            scaled, weights, digits = _odds(open_to, peak, temperature)
+            high = digits >> SHIFT_LOW
             if tl.max(high, 0) >= edge:  # most blocks hold nothing that stays
-                noise = _gumbel(seed + row, seed_stride, tl.load(index + row), start, BLOCK)
-                key = _key(scaled + noise, ids)
+                key = _key(scaled + _gumbel(given, row, start, BLOCK), ids)
                 top = tl.maximum(top, tl.where(high > edge, key, LEAST_KEY))
-                third, at = places & (RADIX_LOW - 1), high == edge
+                third, at = digits & (RADIX_LOW - 1), high == edge
                 tl.atomic_add(bins + 2 * RADIX + third, weights, mask=at, sem="relaxed")
                 tl.atomic_max(best + third, key, mask=at, sem="relaxed")
         tl.atomic_max(best + SURE, tl.max(top, 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _pick(  # type: ignore[no-untyped-def]
-    logits, stride, temperature, keys, peaks, sums, bins, best, found, ids, logprob, finite, parts,
-    WORDS: tl.constexpr, MAX_PARTS: tl.constexpr, BINS: tl.constexpr, BEST: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
+def _pick(given, scratch, chosen, parts, WORDS: tl.constexpr, OVERLAP: tl.constexpr):
     """The threshold's third digit, the best token that stays, and its log-probability."""
     allow(OVERLAP)
     wait(OVERLAP)
     row = tl.program_id(0)
-    key = _best_key(keys, row, parts, MAX_PARTS)
-    if tl.load(temperature + row) > 0:  # without top_p all third digits are empty: any will do
-        digit, _ = _digit(bins + row * BINS + 2 * RADIX, tl.load(found + row * 3 + 2), RADIX_LOW)
+    key = _best_key(scratch.keys, row, parts)
+    if tl.load(given.temperature + row) > 0:
+        # Without top_p all third digits are empty: any will do.
+        bins = scratch.bins + row * BINS + 2 * RADIX
+        digit, _ = _digit(bins, tl.load(scratch.found + row * 3 + 2), RADIX_LOW)
         third = tl.arange(0, RADIX_LOW)
-        at_edge = tl.load(best + row * BEST + third)
+        at_edge = tl.load(scratch.best + row * BEST + third)
         key = tl.max(tl.where(third >= digit, at_edge, LEAST_KEY), 0)
-        key = tl.maximum(key, tl.load(best + row * BEST + SURE))
+        key = tl.maximum(key, tl.load(scratch.best + row * BEST + SURE))
     # A row without a finite logit may have chosen nothing, or past its end.
-    chosen = tl.minimum((key & LAST_ID) ^ LAST_ID, WORDS - 1)
+    token = tl.minimum((key & LAST_ID) ^ LAST_ID, WORDS - 1)
     at = tl.arange(0, MAX_PARTS)
-    peak = tl.load(peaks + row * MAX_PARTS + at, mask=at < parts, other=-float("inf"))
-    total = tl.load(sums + row * MAX_PARTS + at, mask=at < parts, other=0.0)
-    highest = tl.max(peak, 0)
-    total = tl.sum(total * tl.exp(peak - highest), 0)
-    logit = tl.load(logits + row.to(tl.int64) * stride + chosen)
-    tl.store(ids + row, chosen)
-    tl.store(logprob + row, logit - highest - tl.log(total))
-    tl.store(finite + row, (total > 0).to(tl.int32))  # a NaN is not
+    m_i = tl.load(scratch.peaks + row * MAX_PARTS + at, mask=at < parts, other=-float("inf"))
+    l_i = tl.load(scratch.sums + row * MAX_PARTS + at, mask=at < parts, other=0.0)
+    peak = tl.max(m_i, 0)
+    total = tl.sum(l_i * tl.exp(m_i - peak), 0)
+    logit = tl.load(given.logits + row.to(tl.int64) * given.stride + token)
+    tl.store(chosen.ids + row, token)
+    tl.store(chosen.logprob + row, logit - peak - tl.log(total))
+    tl.store(chosen.finite + row, (total > 0).to(tl.int32))  # a NaN is not
 
 
 class Sampler:
-    """Parameters and results of up to `max_rows` rows, which keep their places in memory.
+    """Parameters and results of up to `max_rows` rows, whose addresses never change.
 
     The caller writes the parameters between steps, or has them in tensors of its own; a captured
     call reads what stands there when it is replayed.
@@ -348,12 +388,15 @@ class Sampler:
         self.ids = new(torch.int64)
         self.logprob = new(torch.float32)
         self.finite = new(torch.int32)
-        self._keys = new(torch.int64, MAX_PARTS)
-        self._peaks = new(torch.float32, MAX_PARTS)
-        self._sums = new(torch.float32, MAX_PARTS)
-        self._bins = new(torch.int64, BINS)
-        self._best = new(torch.int64, BEST)
-        self._found = new(torch.int64, 3)  # first digit, goal after it, goal after the second
+        most = MAX_PARTS.value
+        self._scratch = Scratch(
+            keys=new(torch.int64, most),
+            peaks=new(torch.float32, most),
+            sums=new(torch.float32, most),
+            bins=new(torch.int64, BINS.value),
+            best=new(torch.int64, BEST.value),
+            found=new(torch.int64, 3),
+        )
 
     def __call__(
         self,
@@ -379,26 +422,18 @@ class Sampler:
         assert rows <= self.max_rows, (rows, self.max_rows)
         assert self.seed.stride(0) == 1, self.seed.stride()
         blocks = triton.cdiv(self.vocab_size, BLOCK)
-        per = triton.cdiv(blocks, max(1, min(MAX_PARTS, PROGRAMS // rows)))
+        per = triton.cdiv(blocks, max(1, min(MAX_PARTS.value, PROGRAMS // rows)))
         parts = triton.cdiv(blocks, per)
-        shape = {"WORDS": self.n_words, "MAX_PARTS": MAX_PARTS, "BINS": BINS}
-        shape |= {**self._overlap, **self._options}
-        tiled = {**shape, "VOCAB": self.vocab_size, "BLOCK": BLOCK, "MASKED": masked}
-        whole = {**shape, "BEST": BEST}
-        given = logits, logits.stride(0), self.mask, self.temperature
-        sums = self._keys, self._peaks, self._sums
-        grid = parts, rows
-        launch(_peaks, grid)(*given, *sums, self._bins, self._best, per, BEST=BEST, **tiled)
+        given = Given(logits, logits.stride(0), self.mask, self.temperature, self.top_p,
+                      self.seed, self.seed.stride(1), index)  # fmt: skip
+        chosen = Chosen(self.ids, self.logprob, self.finite)
+        shape = Shape(self.vocab_size, self.n_words, masked, BLOCK)
+        options, grid = {**self._overlap, **self._options}, (parts, rows)
+        launch(_peaks, grid)(given, self._scratch, per, SHAPE=shape, **options)
         if not greedy:
-            drawn = *given, self.top_p
-            found = self._bins, self._found
-            launch(_weigh, grid)(*drawn, self._keys, self._bins, per, **tiled)
-            launch(_narrow, grid)(*drawn, self._keys, *found, per, **tiled)
-            launch(_draw, grid)(
-                *drawn, self.seed, self.seed.stride(1), index, self._keys,
-                self._bins, self._best, self._found, per, BEST=BEST, **tiled,
-            )  # fmt: skip
+            launch(_weigh, grid)(given, self._scratch, per, SHAPE=shape, **options)
+            launch(_narrow, grid)(given, self._scratch, per, SHAPE=shape, **options)
+            launch(_draw, grid)(given, self._scratch, per, SHAPE=shape, **options)
         launch(_pick, (rows,))(
-            *given[:2], self.temperature, *sums, self._bins, self._best, self._found,
-            self.ids, self.logprob, self.finite, parts, **whole,
+            given, self._scratch, chosen, parts, WORDS=self.n_words, **options
         )  # fmt: skip
