@@ -25,7 +25,7 @@ import torch
 
 from llama.checkpoint import random_checkpoint
 from llama.commands.bench import SHAPES, VOCAB
-from llama.cuda import launch, step, tuning
+from llama.cuda import launch, layers, step, tuning
 from llama.cuda.attention import decode as attention
 from llama.cuda.products.dispatch import Products
 from llama.cuda.products.gemv import shared_memory, turn_of
@@ -133,7 +133,7 @@ class Step:
             self.blocks.get(product_of(weight)) or TABLE(own, rows, weight, wide, gated)
         )
         attention.decode_attention_blocks = lambda *_: self.blocks["attention"]
-        step.MOST_ROWS = dict.fromkeys(tuning.MOST_ROWS, rows)
+        layers.MOST_ROWS = dict.fromkeys(tuning.MOST_ROWS, rows)
         source = random_checkpoint(args, dtype=torch.bfloat16, device=device)
         formats = formats_of(quantize, args) if quantize else None
         model = load(source, ranks=ONE, device=device, formats=formats)
@@ -147,7 +147,7 @@ class Step:
         products = self.step.products
         for weight in weights:  # what the table says, at first
             output = weight is forward.output
-            wide = products.is_wide(weight, True) if output else self.step.wide[0]
+            wide = products.is_wide(weight, True) if output else self.step.layers.wide[0]
             wide = wide and rows >= tuning.LEAST_WIDE[kind_of(weight)]
             gated = weight is forward.blocks[0].w13
             self.blocks[product_of(weight)] = TABLE(products, rows, weight, wide, gated)
@@ -155,8 +155,8 @@ class Step:
     def use_ours(self, ours: bool) -> None:
         """Our products, or torch's: a layer knows which since it was built, the output asks."""
         most = self.rows if ours else 0
-        step.MOST_ROWS = dict.fromkeys(tuning.MOST_ROWS, most)
-        self.step.most_rows = [most] * len(self.step.most_rows)
+        layers.MOST_ROWS = dict.fromkeys(tuning.MOST_ROWS, most)
+        self.step.layers.most_rows = [most] * len(self.step.layers.most_rows)
 
     def microseconds(self, context: int) -> float:
         """Of a step whose rows have `context` keys each."""

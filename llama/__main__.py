@@ -106,7 +106,7 @@ def chat(
         quantize=quantize,
     )
     about = "The demo, which knows a very small world. " if ckpt_dir == DEMO else ""
-    room = llama.engine.cache.max_seq_len
+    room = llama.engine.max_seq_len
     hello = f"{about}{room} tokens of context. /help lists what else can be done."
     if not talking.chat(llama, params, system, hello):
         sys.exit(1)  # stderr has the sentences

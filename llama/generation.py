@@ -20,6 +20,7 @@ import torch
 from llama.args import RopeScaling
 from llama.engine import Engine, Event, Request
 from llama.loading import prepare
+from llama.loading.runners import runner_for
 from llama.loading.settings import CHUNK_ROWS, check_vocabulary
 from llama.model import Transformer
 from llama.quantization import Recipe
@@ -153,16 +154,19 @@ class Llama:
         self.formatter = formatter or chat_format(tokenizer)
         self.is_main = model.ranks.is_main
         args = model.params
-        self.engine = Engine(
+        runner = runner_for(
             model,
             max_batch_size=args.max_batch_size,
             max_seq_len=args.max_seq_len,
-            stop_token_ids=tokenizer.stop_tokens | set(stop_token_ids),
             n_words=tokenizer.n_words,
+            kernels=kernels,
+        )
+        self.engine = Engine(
+            runner,
+            stop_token_ids=tokenizer.stop_tokens | set(stop_token_ids),
             seed=seed,
             chunk=CHUNK_ROWS,
             reuse=reuse,
-            kernels=kernels,
         )
         # who steps the engine now, for everybody: a thread, and what it holds until that is done
         self._stepping: dict[str, tuple[int, threading.Lock]] = {}

@@ -139,8 +139,18 @@ class Ranks:
 
         Two collectives, which wait for rank 0 as long as it lives.
         """
-        size = self.exchange([len(message)])[0][0]
-        return bytes(self.exchange(message.ljust(size, b"\0")[:size])[0])
+        return self.spread(message, self.exchange([len(message)])[0][0])
+
+    def spread(self, message: bytes, size: int) -> bytes:
+        """Rank 0's message of so many bytes, on every rank: one collective, none for no bytes."""
+        if self.control is None or not size:
+            return message
+        held = bytearray(message if self.rank == 0 else size)
+        with self.together():
+            dist.broadcast(
+                torch.frombuffer(held, dtype=torch.uint8), group=self.control, group_src=0
+            )
+        return bytes(held)
 
     def agree(self, problem: Exception | None, doing: str) -> None:
         """Raise on every rank if any has a `problem`: nobody waits for one that gave up."""

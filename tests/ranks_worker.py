@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llama import Llama
+from llama import Llama, SamplingParams
 from llama.parallel import ONE
 
 DEVICE = "cpu"
@@ -109,6 +109,21 @@ def waiting(out, tokenizer, folder):
     if os.environ["RANK"] != "0":
         time.sleep(600)
     llama.generate(PROMPTS, 4)
+
+
+def led(out, tokenizer, folder):
+    """Rank 0 alone is told what to do, and then nothing more; the other one follows."""
+    llama = build(folder, tokenizer)
+    rank = int(os.environ["RANK"])
+    if rank:
+        Path(out, "begun1").touch()
+        llama.engine.follow()
+    request = llama.engine.submit(PROMPTS[0], SamplingParams(temperature=0, max_tokens=8))
+    while request.finish_reason is None:
+        llama.engine.step()
+    Path(out, "tokens.json").write_text(json.dumps(request.tokens))
+    Path(out, "begun0").touch()
+    time.sleep(600)
 
 
 def lone_error(out, tokenizer, folder):

@@ -25,6 +25,7 @@ from llama.commands.bench import (
 )
 from llama.commands.machine import decode_bytes, prefill_operations
 from llama.engine import Engine
+from llama.engine.runner import PlainRunner
 from llama.loading import load
 from llama.model import ModelArgs
 from llama.parallel import ONE
@@ -114,16 +115,16 @@ def test_the_kernel_that_only_reads_is_not_optimised_away():
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_decode_times_so_many_steps_in_which_all_rows_have_as_many_keys(tiny_checkpoint, steps):
-    engine = Engine(load(tiny_checkpoint, ranks=ONE, device=CPU), max_batch_size=3, max_seq_len=48,
-                    reuse=True)  # fmt: skip
+    model = load(tiny_checkpoint, ranks=ONE, device=CPU)
+    engine = Engine(PlainRunner(model, model.new_cache(3, 48)), reuse=True)
     batches = []
-    plain = engine.model.hidden
+    plain = model.hidden
 
     def hidden(tokens, positions, batch, cache):
         batches.append((batch.counts, batch.lengths))
         return plain(tokens, positions, batch, cache)
 
-    engine.model.hidden = hidden
+    model.hidden = hidden
     seconds, keys = decode_seconds(engine, 3, 12, steps)
     assert seconds > 0
     assert engine.idle

@@ -14,6 +14,7 @@ from llama.cache import Batch
 from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
 from llama.engine import Engine
 from llama.loading import load, make_plan
+from llama.loading.runners import runner_for
 from llama.model import ModelArgs
 from llama.parallel import ONE
 from llama.sampling import SamplingParams
@@ -68,7 +69,7 @@ def test_a_long_prefill_needs_what_the_plan_says_and_nothing_quadratic(dtype, ch
     )  # fmt: skip
     source = random_checkpoint(args, dtype=dtype, device="cuda")
     model = load(source, ranks=ONE, device="cuda")
-    engine = Engine(model, max_batch_size=1, max_seq_len=8192, chunk=chunk)
+    engine = Engine(runner_for(model, max_batch_size=1, max_seq_len=8192), chunk=chunk)
     plan = make_plan(args, dtype=dtype, max_batch_size=1, max_seq_len=8192, chunk=chunk)
     prompt = torch.randint(0, 32000, (8191,)).tolist()
     for _ in range(2):  # the first call also makes cuBLAS's own workspace
@@ -100,7 +101,7 @@ def demo_prompts(tokenizer, count):
 
 
 def greedy(model, prompts, tokens, kernels):
-    engine = Engine(model, max_batch_size=8, max_seq_len=256, kernels=kernels)
+    engine = Engine(runner_for(model, max_batch_size=8, max_seq_len=256, kernels=kernels))
     params = SamplingParams(temperature=0, max_tokens=tokens)
     requests = [engine.submit(prompt, params) for prompt in prompts]
     while not engine.idle:
@@ -168,7 +169,7 @@ def test_memory_beside_weights_and_cache_is_small():
     free = torch.cuda.mem_get_info()[0]
     source = random_checkpoint(args, dtype=torch.bfloat16, device="cuda")
     model = load(source, ranks=ONE, device="cuda")
-    engine = Engine(model, max_batch_size=4, max_seq_len=2048, chunk=4096)
+    engine = Engine(runner_for(model, max_batch_size=4, max_seq_len=2048), chunk=4096)
     for _ in range(2):
         for _ in range(4):
             engine.submit(list(range(1500)), SamplingParams(max_tokens=5))
@@ -207,7 +208,7 @@ def test_a_model_on_the_second_gpu_runs_there_whatever_the_current_device_is(fol
 
     def answers(device):
         llama = Llama.build(folder, max_seq_len=256, max_batch_size=3, device=device)
-        assert llama.engine.captured is not None
+        assert llama.engine.runner.captured is not None
         return llama.generate(PROMPTS, 64, 0, logprobs=True)
 
     torch.cuda.set_device(0)

@@ -14,13 +14,16 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
 from llama.cache import Batch
-from llama.cuda import launch, products
+from llama.cuda import launch
 from llama.cuda import step as steps
 from llama.cuda.attention import decode as attention
+from llama.cuda.products import dispatch as products
+from llama.cuda.runner import CapturedRunner
 from llama.cuda.step import FLIGHTS, CapturedStep, Row
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks
 from llama.cuda.tuning import some_rows_blocks
 from llama.engine import Engine
+from llama.engine.runner import PlainRunner
 from llama.model import Transformer
 from llama.sampling import SamplingParams
 
@@ -48,13 +51,8 @@ def small(seed=0, **changes):
 
 
 def engine_of(model, kernels, slots=4, stop=(), longest=64):
-    engine = Engine(
-        model, max_batch_size=slots, max_seq_len=longest, stop_token_ids=stop, seed=5, kernels=False
-    )
-    if kernels:
-        engine.captured = CapturedStep(model, engine.cache, slots)
-        engine.forward = engine.captured.forward
-    return engine
+    made = CapturedRunner if kernels else PlainRunner
+    return Engine(made(model, model.new_cache(slots, longest)), stop_token_ids=stop, seed=5)
 
 
 def answers(engine, prompts, params):
@@ -179,7 +177,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(monkeypatch):
     good, bad = engine.submit(PROMPTS[0], GREEDY), engine.submit(PROMPTS[1], GREEDY)
     for _ in range(3):
         engine.step()
-    engine.cache.k[0, bad.slot, 0] = float("nan")
+    engine.runner.cache.k[0, bad.slot, 0] = float("nan")
     engine.step()  # was in flight before
     engine.step()
     assert bad.finish_reason == "error"
@@ -382,7 +380,9 @@ def test_steps_and_prompts_launch_on_their_own_device(elsewhere):
     assert all(tokens for tokens, *_ in found)
     assert not elsewhere
     with pytest.raises(AssertionError, match="whichever device is the current one"):
-        engine.captured.sampler(torch.zeros(1, 96), torch.zeros(1, dtype=torch.int64), rows=1)
+        engine.runner.captured.sampler(
+            torch.zeros(1, 96), torch.zeros(1, dtype=torch.int64), rows=1
+        )
 
 
 def test_a_graph_is_captured_on_a_stream_of_its_own_and_by_its_thread_alone(monkeypatch):

@@ -20,7 +20,7 @@ from test_cuda_products import (  # noqa: F401
 )
 from test_cuda_step import small
 
-from llama.cuda import products, step, tuning
+from llama.cuda import layers, products, tuning
 from llama.cuda.norm_rope_gate import rotate_and_store
 from llama.cuda.products.dispatch import ADD, GATE, ROTATE, STORE, Products, Rotation
 from llama.cuda.step import CapturedStep, Row
@@ -226,7 +226,7 @@ def test_a_step_of_several_rows_by_wide_products_is_the_one_without(
     shape = dict(dim=128, n_heads=heads, n_kv_heads=1, head_dim=size, hidden_dim=256, n_layers=2)
     model = quantized_model(recipe, DTYPE, **shape) if recipe else small(**shape).to(DTYPE)
     monkeypatch.setattr(tuning, "LEAST_WIDE", dict.fromkeys(tuning.LEAST_WIDE, 2))
-    monkeypatch.setattr(step, "LEAST_WIDE", tuning.LEAST_WIDE)
+    monkeypatch.setattr(layers, "LEAST_WIDE", tuning.LEAST_WIDE)
     if DEVICE.type == "cuda":  # a tile for a multiprocessor
         monkeypatch.setattr(products, "multiprocessors_and_memory", lambda _: (1, 227 * 1024))
     ours = logits_of(model, rows, monkeypatch)
@@ -242,7 +242,7 @@ def test_scratch_of_captured_products_stays_where_it_is(recipe, least, monkeypat
     """A graph knows its address, so no number of rows may need more."""
     shape = dict(dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=256, n_layers=1)
     model = quantized_model(recipe, DTYPE, **shape) if recipe else small(**shape).to(DTYPE)
-    monkeypatch.setattr(step, "LEAST_WIDE", dict.fromkeys(step.LEAST_WIDE, least))
+    monkeypatch.setattr(layers, "LEAST_WIDE", dict.fromkeys(layers.LEAST_WIDE, least))
     some = products.some_rows_blocks
     split = lambda *given: some(*given)._replace(split=2, block_k=64)  # noqa: E731
     monkeypatch.setattr(products, "some_rows_blocks", split)

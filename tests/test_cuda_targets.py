@@ -32,6 +32,7 @@ from llama.cuda.tuning import (
     wide_blocks,
 )
 from llama.engine import Engine
+from llama.loading.runners import runner_for
 from llama.model import ModelArgs, Transformer
 from llama.sampling import SamplingParams
 
@@ -227,7 +228,8 @@ def test_every_shape_says_the_same_with_kernels_and_without_in_float32(shape, sl
     prompts = [[(7 * i + j * j) % BYTES_VOCAB for j in range(3 + 11 * i)] for i in range(4)]
     answers = []
     for kernels in (False, True):
-        engine = Engine(model, max_batch_size=slots, max_seq_len=128, kernels=kernels)
+        runner = runner_for(model, max_batch_size=slots, max_seq_len=128, kernels=kernels)
+        engine = Engine(runner)
         params = SamplingParams(temperature=0, max_tokens=20)
         requests = [engine.submit(prompt, params) for prompt in prompts * -(-slots // 4)]
         while not engine.idle:

@@ -96,7 +96,7 @@ def parted(pairs):
 
 def test_float32_answers_of_four_threads_are_those_of_each_call_alone():
     llama = Llama.build(DEMO, device="cuda", dtype="float32", max_seq_len=256, max_batch_size=8)
-    assert llama.engine.captured is not None
+    assert llama.engine.runner.captured is not None
     for seed in range(3):
         pairs = side_by_side(llama, seed)
         found = list(parted(pairs))
@@ -131,13 +131,13 @@ def test_steps_of_threads_with_streams_of_their_own_follow_each_other(monkeypatc
     prompt = llama.tokenizer.encode("What is", bos=True, eos=False)
     expected = llama.generate([prompt], 24, 0)
     used = []
-    launch = llama.engine.captured.launch
+    launch = llama.engine.runner.captured.launch
 
     def watched():
         used.append(torch.cuda.current_stream())
         launch()
 
-    monkeypatch.setattr(llama.engine.captured, "launch", watched)
+    monkeypatch.setattr(llama.engine.runner.captured, "launch", watched)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         assert llama.generate([prompt], 24, 0) == expected

@@ -12,6 +12,7 @@ import torch
 from conftest import says
 
 from llama.engine import Engine, Request
+from llama.engine.runner import PlainRunner
 from llama.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -31,8 +32,8 @@ def run(engine, prompts, params=GREEDY):
     return requests, events
 
 
-def engine_of(model, slots=4, room=64, **options):
-    return Engine(model, max_batch_size=slots, max_seq_len=room, **options)
+def engine_of(model, slots=4, room=64, n_words=None, **options):
+    return Engine(PlainRunner(model, model.new_cache(slots, room), n_words), **options)
 
 
 def alone(model, prompt, params=GREEDY, **options):
@@ -337,7 +338,7 @@ def test_without_reuse_the_same_call_runs_the_same_way_twice(tiny):
     engine = engine_of(tiny())
     for _ in range(2):
         run(engine, prompts_of([10]))
-        assert not engine._kept
+        assert not engine._kept.tokens
 
 
 def test_prompts_go_on_however_many_are_answering(tiny):
@@ -426,11 +427,12 @@ def test_rows_of_the_vocabulary_that_no_token_has_are_never_chosen(tiny, rows):
 
 
 def test_a_model_that_was_moved_after_it_was_built_is_refused_with_what_to_do(tiny):
-    engine = engine_of(tiny())
-    engine.model.to(torch.bfloat16)
+    model = tiny()
+    engine = engine_of(model)
+    model.to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"moved to torch.bfloat16 on cpu .* torch.float32 on cpu"):
         engine.submit([1], GREEDY)
-    engine.model.float()
+    model.float()
     assert run(engine, [[1]])[0][0].finish_reason == "length"
 
 
@@ -467,10 +469,11 @@ def test_what_waits_costs_a_step_next_to_nothing(tiny):
 
 
 def test_a_model_that_is_moved_under_a_request_says_so_too(tiny):
-    engine = engine_of(tiny())
+    model = tiny()
+    engine = engine_of(model)
     request = engine.submit([5, 6], GREEDY)
     engine.step()
-    engine.model.to(torch.bfloat16)
+    model.to(torch.bfloat16)
     while not engine.idle:
         engine.step()
     assert "the model was moved to torch.bfloat16" in str(request.error)

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import Emulated, engine_of, small
+from emulated import Emulated, EmulatedRunner, engine_of, small
 
+import llama.cuda.runner
 import llama.engine.engine
 from llama import sampling
 from llama.cuda import launch
-from llama.engine import Engine
 from llama.sampling import SamplingParams
 
-FOLDER = str(Path(llama.engine.engine.__file__).parent)
+# the engine with its runner, and the runner of a GPU
+FILES = (str(Path(llama.engine.engine.__file__).parent), llama.cuda.runner.__file__)
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 PATHS = pytest.mark.parametrize("path", ["plain", "captured"])
@@ -29,7 +30,8 @@ PATHS = pytest.mark.parametrize("path", ["plain", "captured"])
 def nothing_hidden(caplog):
     """A captured step that fails is done by the plain path, which would hide a mistake in it."""
     yield
-    failed = [r.getMessage() for r in caplog.records if "captured step failed" in r.getMessage()]
+    said = [record.getMessage() for record in caplog.get_records("call")]
+    failed = [sentence for sentence in said if "captured step failed" in sentence]
     assert not failed
 
 
@@ -50,7 +52,7 @@ def finish(engine, most=300):
 def empty(engine):
     """Whether no request and no slot is left behind."""
     engine.step()
-    return engine.idle and not engine._live and not engine._waiting and not engine._running
+    return engine.idle and not engine._live
 
 
 def answers(engine, prompts, params):
@@ -68,7 +70,7 @@ class AtLine:
 
     def __init__(self, at, action, others=()):
         self.at, self.action, self.count, self.hit = at, action, 0, None
-        self.files = (FOLDER, *others)
+        self.files = (*FILES, *others)
 
     def __enter__(self):
         sys.settrace(self.call)
@@ -265,7 +267,7 @@ def test_logits_that_are_no_numbers_end_their_request_alone(path):
     assert [(e.token, e.finish_reason) for e in events] == [(None, "error")]
     assert isinstance(bad.error, FloatingPointError)
     assert "(token 0 of its answer) are not finite, with weights in torch.float32" in str(bad.error)
-    assert not engine.cache.k.isnan().any()
+    assert not engine.runner.cache.k.isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def test_what_is_no_number_stays_in_no_slot(params, steps):
     assert request.finish_reason == ("error" if scored else "length" if steps is None else "enough")
     assert scored == ("(its prompt) are not finite" in str(request.error))
     assert [r.tokens for r in answers(engine, both, GREEDY)] == expected
-    assert not engine.cache.v.isnan().any()
+    assert not engine.runner.cache.v.isnan().any()
 
 
 def failing(model, fails):
@@ -374,6 +376,10 @@ class TooLarge(Emulated):
         super().launch()
 
 
+class TooLargeRunner(EmulatedRunner):
+    made = TooLarge
+
+
 @pytest.mark.parametrize(("room", "stays"), [(100_000, True), (0, False)])
 def test_a_kernel_that_cannot_be_loaded_is_made_smaller_or_done_without(
     caplog, monkeypatch, room, stays
@@ -382,15 +388,11 @@ def test_a_kernel_that_cannot_be_loaded_is_made_smaller_or_done_without(
     monkeypatch.setattr(TooLarge, "room", room)
     model = small()
     expected = [r.tokens for r in answers(engine_of(model), PROMPTS, GREEDY)]
-    engine = engine_of(model)
-    engine.captured = TooLarge(model, engine.cache, 4, engine.n_words)
-    with monkeypatch.context() as patch:  # its forward would run kernels in the interpreter
-        patch.setattr(type(engine), "forward", model, raising=False)
-        patch.setattr(engine.captured, "forward", model)
-        requests = [engine.submit(p, GREEDY) for p in PROMPTS]
-        finish(engine)
+    engine = engine_of(model, runner=TooLargeRunner)
+    requests = [engine.submit(p, GREEDY) for p in PROMPTS]
+    finish(engine)
     assert [r.tokens for r in requests] == expected
-    assert (engine.captured is not None) == stays
+    assert (engine.runner.captured is not None) == stays
     said = [r.message.split(":")[0] for r in caplog.records if r.levelname == "WARNING"]
     assert said == [] if stays else ["a kernel cannot be used here, running without"]
 
@@ -436,7 +438,7 @@ def play(model, path, seed, room=24):
             engine.step()
     finish(engine)
     assert empty(engine)
-    assert not engine.cache.k.isnan().any() or path == "captured"
+    assert not engine.runner.cache.k.isnan().any() or path == "captured"
     return requests, engine.stop_token_ids
 
 
@@ -464,9 +466,7 @@ def same(model, request, alone):
 def check_alone(model, path, seed):
     requests, stops = play(model, path, seed)
     for request in requests:
-        engine = Engine(
-            model, max_batch_size=1, max_seq_len=24, stop_token_ids=stops, kernels=False
-        )
+        engine = engine_of(model, slots=1, room=24, stop_token_ids=stops)
         alone = engine.submit(request.prompt, request.params)
         finish(engine)
         said = (seed, request.prompt, request.params)
@@ -502,20 +502,20 @@ def test_a_captured_step_that_goes_on_failing_is_tried_less_and_less_with_one_wa
     model = small()
     expected = answers(engine_of(model), [[5, 6]], SamplingParams(temperature=0, max_tokens=40))
     engine, tries = engine_of(model, "captured"), []
-    launch = engine.captured.launch
+    launch = engine.runner.captured.launch
 
     def fails(*_):
         tries.append(engine.steps)
         raise torch.OutOfMemoryError("no memory for a graph")
 
-    engine.captured.launch = fails
+    engine.runner.captured.launch = fails
     request = engine.submit([5, 6], SamplingParams(temperature=0, max_tokens=40))
     for _ in range(20):
         engine.step()
     assert 3 <= len(tries) <= 6, tries
     assert len([r for r in caplog.records if "no memory for a graph" in r.getMessage()]) == 1
-    engine.captured.launch = launch
+    engine.runner.captured.launch = launch
     finish(engine)
     assert request.tokens == expected[0].tokens
-    assert engine._failures == 0  # it was tried again
+    assert engine.runner._failures == 0  # it was tried again
     caplog.clear()

@@ -18,7 +18,7 @@ from conftest import BYTES_VOCAB, tiny_args, write_adapter, write_tokenizer
 import llama as package
 from llama import Llama, SamplingParams
 from llama.checkpoint import random_checkpoint, write_meta
-from llama.engine import Engine
+from llama.loading import runners
 
 SOURCES = house.sources()
 TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOURCES.items()}
@@ -323,7 +323,7 @@ def build_outcome(folders, changes):
         name, _, file = names[key].partition("/")
         names[key] = folders[name] / file
     try:
-        with mock.patch.object(Engine, "_use_kernels") as use_kernels:
+        with mock.patch.object(runners, "captured_runner", return_value=None) as use_kernels:
             built = Llama.build(**names)
     except ValueError as error:
         return str(error)
@@ -334,7 +334,7 @@ def build_outcome(folders, changes):
     built.generate([ids], 1)
     again = built.engine.submit(ids, SamplingParams(max_tokens=1))
     built.engine.step()
-    shape = built.engine.cache.k.shape
+    shape = built.engine.runner.cache.k.shape
     return scores, sampled, shape, dtype, use_kernels.called, again.reused
 
 

@@ -483,7 +483,7 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.95, "max_gen_len": 16}
 def test_build_answers_in_half_precision(tmp_path, path, folder, shards):
     write(tmp_path, shards)
     built = Llama.build(tmp_path, path, max_seq_len=512, max_batch_size=3)
-    assert built.model.norm.weight.dtype == built.engine.cache.k.dtype == torch.float16
+    assert built.model.norm.weight.dtype == built.engine.runner.cache.k.dtype == torch.float16
     assert isinstance(built.formatter, Llama2ChatFormat)
     answers = built.chat_completion(CLEAN, seed=5, **SAMPLED)
     whole = Llama.build(folder, max_seq_len=512, max_batch_size=3)

@@ -23,6 +23,7 @@ from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
 from llama.commands import machine as limits
 from llama.commands.info import inspect
 from llama.engine import Engine
+from llama.engine.runner import PlainRunner
 from llama.files.checklist import verify as find_problems
 from llama.loading import check, check_memory, free_memory, load, make_plan
 from llama.loading import memory as host
@@ -90,10 +91,11 @@ def test_the_choice_of_many_rows_takes_a_few_rows_at_a_time(monkeypatch, asked, 
 def test_a_step_of_many_rows_takes_what_the_plan_says(asked, dtype):
     args = tiny_args(vocab_size=20_000, max_batch_size=16, max_seq_len=32)
     model = unit_scale(Transformer(args)).to(dtype)
-    engine = Engine(model, max_batch_size=16, max_seq_len=32, chunk=64)
+    cache = model.new_cache(16, 32)
+    engine = Engine(PlainRunner(model, cache), chunk=64)
     plan = make_plan(args, dtype=dtype, max_batch_size=16, max_seq_len=32, chunk=64)
     params = dataclasses.replace(ASKED[asked], max_tokens=12, prompt_logprobs=0, seed=1)
-    held = [*model.parameters(), engine.cache.k, engine.cache.v, model.freqs]
+    held = [*model.parameters(), cache.k, cache.v, model.freqs]
     for length in range(1, 17):
         engine.submit(list(range(length)), params)
     with Peak(*held) as peak:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
-from ranks_worker import answers, build, held
+from ranks_worker import PROMPTS, answers, build, held
 
 from llama.checkpoint import random_checkpoint, write_meta
 from llama.names import local_shape, shapes
@@ -125,8 +125,9 @@ def test_mistakes_raise_on_every_rank_and_the_next_call_works(files, tmp_path):
         assert len(seen) == 8
 
 
-def watch_one_die(files, out, mode, device="cpu"):
-    """Kill rank 1 of two at a random moment; seconds until rank 0 has ended, and what it said."""
+def watch_one_die(files, out, mode, device="cpu", dies=1):
+    """Kill a rank of two at a random moment; seconds until the other has ended, and what it
+    said."""
     tokenizer, folders = files
     ranks = start_two(mode, out, tokenizer, folders[8, 2], device=device)
     try:
@@ -138,11 +139,11 @@ def watch_one_die(files, out, mode, device="cpu"):
         time.sleep(random.uniform(0.2, 3))
         assert all(rank.poll() is None for rank in ranks), "an idle or busy group goes on"
         died = time.monotonic()
-        ranks[1].send_signal(signal.SIGKILL)
-        errors = ranks[0].communicate(timeout=30)[1]
+        ranks[dies].send_signal(signal.SIGKILL)
+        errors = ranks[1 - dies].communicate(timeout=30)[1]
         seconds = time.monotonic() - died
-        print(f"{mode} on {device}: rank 0 ended {seconds:.1f} s after rank 1 was killed")
-        assert ranks[0].returncode not in (0, None)
+        print(f"{mode} on {device}: rank {1 - dies} ended {seconds:.1f} s after the other died")
+        assert ranks[1 - dies].returncode not in (0, None)
         return seconds, errors
     finally:
         for rank in ranks:
@@ -155,6 +156,17 @@ def test_a_dead_rank_ends_the_others_within_ten_seconds(files, tmp_path, mode):
     seconds, errors = watch_one_die(files, tmp_path, mode)
     assert seconds < 10
     assert "rank 0 of 2 lost another rank" in errors
+
+
+def test_a_rank_that_follows_waits_while_nothing_is_asked_and_ends_with_the_one_that_leads(
+    files, tmp_path
+):
+    seconds, errors = watch_one_die(files, tmp_path, "led", dies=0)
+    assert seconds < 10
+    assert "rank 1 of 2 lost another rank" in errors
+    tokenizer, folders = files
+    alone = build(folders[8, 2], tokenizer).generate(PROMPTS[:1], 8, temperature=0)[0]
+    assert json.loads(Path(tmp_path, "tokens.json").read_text()) == alone[0]
 
 
 def test_an_error_that_one_rank_alone_sees_ends_the_others_with_a_sentence(files, tmp_path):

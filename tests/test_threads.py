@@ -190,7 +190,7 @@ def test_a_stream_that_is_thrown_away_takes_no_lock(shared):
     llama = shared()
     stream = llama.stream_text_completion(["Once"], 0, max_gen_len=50)
     next(stream)
-    request = llama.engine._running[0]
+    (request,) = llama.engine._live
     held, done = threading.Event(), threading.Event()
 
     def hold():

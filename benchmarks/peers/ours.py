@@ -6,6 +6,7 @@ from workload import Results, ragged_prompts, room, seconds, task
 from llama.checkpoint import random_checkpoint
 from llama.engine import Engine
 from llama.loading import load
+from llama.loading.runners import runner_for
 from llama.loading.settings import CHUNK_ROWS, as_dtype
 from llama.model import ModelArgs
 from llama.parallel import ONE
@@ -19,8 +20,8 @@ def main() -> None:
     args = ModelArgs(**given["args"], vocab_size=given["vocab_size"], context_length=longest)
     source = random_checkpoint(args, dtype=as_dtype(given["dtype"]), device=device)
     model = load(source, ranks=ONE, device=device)
-    engine = Engine(model, max_batch_size=len(prompts), max_seq_len=longest,
-                    chunk=CHUNK_ROWS)  # fmt: skip
+    runner = runner_for(model, max_batch_size=len(prompts), max_seq_len=longest)
+    engine = Engine(runner, chunk=CHUNK_ROWS)
     params = SamplingParams(temperature=0, max_tokens=given["new_tokens"])
 
     def generate(prompts: list[list[int]]) -> None:

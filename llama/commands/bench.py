@@ -29,6 +29,7 @@ from llama.commands.machine import (
 )
 from llama.engine import Engine, Request
 from llama.loading import free_memory, make_plan, prepare
+from llama.loading.runners import runner_for
 from llama.loading.settings import CHUNK_ROWS, as_dtype, dtype_name
 from llama.model import Transformer
 from llama.parallel import join
@@ -176,8 +177,7 @@ def decode_seconds(
     return of one step to the return of a later one. The engine needs `reuse`, and room for
     context + WARM + steps + SPARE tokens.
     """
-    vocab = engine.model.params.vocab_size
-    prompts = [random_prompt(context, vocab, seed) for seed in range(rows)]
+    prompts = [random_prompt(context, engine.vocab_size, seed) for seed in range(rows)]
     for prompt in prompts:
         engine.submit(prompt, replace(params, max_tokens=1))
     while not engine.idle:
@@ -203,10 +203,9 @@ def decode_seconds(
     return statistics.median(seconds), context + WARM + (steps - 1) / 2
 
 
-def prefill_seconds(engine: Engine, length: int, repeats: int = 3) -> float:
+def prefill_seconds(engine: Engine, length: int, device: torch.device, repeats: int = 3) -> float:
     """Seconds from a submitted prompt of `length` tokens to the first token of its answer."""
-    vocab = engine.model.params.vocab_size
-    prompts = [random_prompt(length, vocab, seed) for seed in range(repeats + 1)]
+    prompts = [random_prompt(length, engine.vocab_size, seed) for seed in range(repeats + 1)]
 
     def answer() -> None:
         request = engine.submit(prompts.pop(), replace(GREEDY, max_tokens=1))
@@ -214,7 +213,7 @@ def prefill_seconds(engine: Engine, length: int, repeats: int = 3) -> float:
             engine.step()
         raise_errors([request])
 
-    return statistics.median(times(answer, engine.device, repeats))
+    return statistics.median(times(answer, device, repeats))
 
 
 # ---- one run
@@ -347,7 +346,7 @@ def _measure_one(
             seconds, keys = decode_seconds(engine, job.rows, job.tokens, steps, job.params)
             limit = decode_bytes(args, kind, job.rows, keys, formats) / report.bandwidth
         else:
-            seconds = prefill_seconds(engine, job.tokens)
+            seconds = prefill_seconds(engine, job.tokens, device)
             limit = prefill_operations(args, job.tokens) / report.operations
         memory = memory_in_use(device)
     except torch.OutOfMemoryError:
@@ -372,14 +371,8 @@ def _measure_one(
 def _engine(
     model: Transformer, kernels: bool, *, rows: int, room: int, reuse: bool = False
 ) -> Engine:
-    return Engine(
-        model,
-        max_batch_size=rows,
-        max_seq_len=room,
-        chunk=CHUNK_ROWS,
-        reuse=reuse,
-        kernels=kernels,
-    )
+    runner = runner_for(model, max_batch_size=rows, max_seq_len=room, kernels=kernels)
+    return Engine(runner, chunk=CHUNK_ROWS, reuse=reuse)
 
 
 # ---- the table

@@ -1,13 +1,11 @@
 """A conversation in a terminal: messages and commands in, answers as they come.
 
 Ties the conversation to the engine and the terminal; refuses to know how either works. The
-surprising thing: with several ranks only the first one is here. It tells the others the ids of each
-question, they take the same steps, and before each of these it says whether the answer goes on; so
-Ctrl-C stops all of them after the same token.
+surprising thing: with several ranks only the first one is here. The engines of the others follow
+its engine; so Ctrl-C stops all of them after the same token.
 """
 
 import contextlib
-import pickle
 import signal
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -40,52 +38,32 @@ Steps = Generator[Request, None, None]
 
 
 class Answers:
-    """One request at a time on all ranks: the first one asks, the others follow."""
+    """One request at a time, on all ranks: the first one asks, the engines of the others follow."""
 
     def __init__(self, llama: Llama) -> None:
         self.engine = llama.engine
-        self.engine.reuse = True
-        if self.engine.device.type == "cpu":  # so that Ctrl-C is heard soon in a long prompt
-            self.engine.chunk = min(self.engine.chunk, 512)
-        self.ranks = llama.model.ranks
+        slow = llama.model.norm.weight.device.type == "cpu"
+        chunk = min(self.engine.chunk, 512) if slow else None  # Ctrl-C is heard between two chunks
+        self.engine.configure(reuse=True, chunk=chunk)
 
     def ask(self, ids: Sequence[int], params: SamplingParams) -> Steps:
         """The request, again after each step. Closing that ends it on all ranks.
 
         Raises ValueError, before any rank does anything, where it cannot be run.
         """
-        self.engine.check(list(ids), params)
-        self.ranks.tell(pickle.dumps((list(ids), params)))
         return self._steps(self.engine.submit(ids, params))
 
     def _steps(self, request: Request) -> Steps:
         try:
             while request.finish_reason is None:
-                self.ranks.exchange([True])
                 self.engine.step()
                 if request.error is not None:
                     raise request.error
                 yield request
-        except GeneratorExit:
-            if request.finish_reason is None:
-                self.ranks.exchange([False])
-                self.engine.cancel(request, "cancelled")
-            raise
-
-    def follow(self) -> None:
-        """What the other ranks do, until the first one closes."""
-        while message := self.ranks.tell():
-            ids, params = pickle.loads(message)
-            request = self.engine.submit(ids, params)
-            while request.finish_reason is None:
-                goes_on = self.ranks.exchange([True])[0][0]
-                if goes_on:
-                    self.engine.step()
-                else:
-                    self.engine.cancel(request, "cancelled")
-
-    def close(self) -> None:
-        self.ranks.tell(b"")
+        finally:
+            self.engine.cancel(request, "cancelled")
+            if request.finish_reason is None:  # several ranks end it in the step that follows
+                self.engine.step()
 
 
 class Chat:
@@ -101,7 +79,7 @@ class Chat:
         self.llama, self.terminal, self.params = llama, terminal, params
         self.talk = Conversation(llama.formatter, system)
         self.answers = Answers(llama)
-        self.room = llama.engine.cache.max_seq_len
+        self.room = llama.engine.max_seq_len
         self.leaving = False
         self.failed = 0  # lines that did not get what they asked for
         self._answered = False  # whether the line that is taken has its place in the output
@@ -128,9 +106,9 @@ class Chat:
                     continue
                 self._take_whole(text, fenced)
         except Unseen as unseen:
-            self.answers.close()
+            self.llama.engine.close()
             raise unseen.__cause__ or unseen from None
-        self.answers.close()
+        self.llama.engine.close()
 
     def _take_whole(self, text: str, fenced: bool) -> None:
         """Take a line; what is wrong with it is said, and the talk goes on."""
@@ -352,7 +330,7 @@ def chat(llama: Llama, params: SamplingParams, system: str | None = None, hello:
     """
     if not llama.is_main:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank says when to stop
-        Answers(llama).follow()
+        Answers(llama).engine.follow()
         return True
     terminal = Terminal(list(COMMANDS))
     if terminal.interactive and hello:

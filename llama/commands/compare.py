@@ -127,7 +127,7 @@ def compare(
 @torch.inference_mode()
 def _add(found: Difference, llama: Llama, other: Llama, ids: Sequence[int], new: int) -> None:
     """Add the last `new` tokens of a window."""
-    device = llama.engine.device
+    device = llama.model.norm.weight.device
     tokens = torch.tensor(ids, device=device)
     with llama.model.ranks.together():
         states = [_states(each, tokens[:-1])[-new:] for each in (llama, other)]
@@ -141,7 +141,7 @@ def _add(found: Difference, llama: Llama, other: Llama, ids: Sequence[int], new:
 
 
 def _states(llama: Llama, tokens: Tensor) -> Tensor:
-    tokens = tokens.to(llama.engine.device)
+    tokens = tokens.to(llama.model.norm.weight.device)
     positions = torch.arange(len(tokens), device=tokens.device)
     return llama.model.hidden(tokens, positions, Batch([len(tokens)], device=tokens.device))
 
@@ -154,7 +154,7 @@ def weight_bytes(llama: Llama) -> int:
 def decode_speed(llama: Llama) -> float:
     """Tokens a second that one short sequence gets, greedily; not a number where none has room."""
     engine = llama.engine
-    limit = min(_DECODED, engine.cache.max_seq_len - 2)
+    limit = min(_DECODED, engine.max_seq_len - 2)
     never = {token: -math.inf for token in engine.stop_token_ids
              if token < llama.model.params.vocab_size}  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=limit, logit_bias=never)

@@ -109,7 +109,7 @@ def score(
     Raises ValueError where the text is empty, or the window does not fit the engine's slots.
     """
     stride = check_window(window, stride)
-    room, slots = llama.engine.cache.max_seq_len, llama.engine.cache.n_slots
+    room, slots = llama.engine.max_seq_len, llama.engine.n_slots
     if window > room:
         raise ValueError(f"window is {window}; this model was built for {room} tokens")
     ids = llama.tokenizer.encode(text, bos=False, eos=False)

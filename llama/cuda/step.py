@@ -1,18 +1,16 @@
 """The decode step: one token for every row, from embedding to choice, without the host.
 
-Everything a step reads and writes stays at its place on the device: tokens, positions, slots,
+Everything a step reads and writes stays at its address on the device: tokens, positions, slots,
 parameters, what ends a row. So a step is captured once as a CUDA graph for each of a few row
 counts, and then replayed; the host reads the tokens of one step while the next one runs. It knows
 rows, not requests. The surprising thing: a row that is done, or that only fills up a count, has
 slot -1: it stores no keys, reads none, and what it computes is looked at by nobody.
 
-Rows may share a slot: several tokens of one sequence at consecutive positions are as many rows.
+Rows may share a slot: several tokens of one sequence at consecutive positions are as many rows. A
+lean step chooses by temperature and top_p alone, a full one by everything in SamplingParams.
 
-Letters: R rows, D dim, H query heads and K key/value heads, E head size, F hidden size, V
-vocabulary, S stop ids of a row.
+Letters: R rows, D dim, E head size, T positions of a slot, V vocabulary, S stop ids of a row.
 """
-
-# ruff: noqa: ANN001, ANN202 (arguments of kernels have no types in Python)
 
 import threading
 from collections import deque
@@ -28,7 +26,7 @@ from triton.language.extra import libdevice
 
 from llama.cache import KVCache
 from llama.cuda.attention.decode import DecodeAttention
-from llama.cuda.forward import Block, FlatForward
+from llama.cuda.forward import FlatForward
 from llama.cuda.launch import (
     INTERPRETED,
     allow,
@@ -38,12 +36,12 @@ from llama.cuda.launch import (
     overlap,
     wait,
 )
-from llama.cuda.norm_rope_gate import rms_norm, rotate_and_store, silu_multiply
-from llama.cuda.products.dispatch import ADD, GATE, ROTATE, STORE, Products, Rotation
+from llama.cuda.layers import Layers
 from llama.cuda.sampling.full import Shifts
 from llama.cuda.sampling.lean import Sampler
-from llama.cuda.tuning import LEAST_WIDE, LONG, MOST_ROWS, power_of_two
-from llama.cuda.weights import Weight, kind_of, source, table_row
+from llama.cuda.tuning import LONG, power_of_two
+from llama.cuda.weights import source, table_row
+from llama.engine.request import Choice
 from llama.model import Transformer
 from llama.sampling import SMALLEST_NORMAL, TOP_P_BITS, WORD, SamplingParams
 
@@ -54,66 +52,101 @@ EXACT = tl.constexpr(not INTERPRETED)  # the interpreter has no libdevice
 CAPTURING = threading.Lock()  # a capture begins by waiting for the GPU, which breaks any other one
 
 
+class RowState(NamedTuple):
+    """What a step starts from and leaves for the next one, an int64 for each row."""
+
+    tokens: Tensor  # the last one of each sequence, whose key is not in the cache yet
+    positions: Tensor  # of that token
+    slots: Tensor  # -1: the row is done
+    lengths: Tensor  # keys of the sequence with that token's
+    generated: Tensor  # how many tokens of it
+    limits: Tensor  # how many may be
+    stops: Tensor  # (S, R) ids that end a row, -1 where there are fewer
+
+
+class Embedding(NamedTuple):
+    """The table of embeddings, as `table_row` reads it."""
+
+    table: Tensor
+    scale: Tensor | None
+
+
+class Begun(NamedTuple):
+    """What a step begins with, a row each."""
+
+    x: Tensor  # (R, D) embeddings
+    cos: Tensor  # (R, E/2) rotary factors of the position
+    sin: Tensor
+    cache_index: Tensor  # (R,) flat address of the key in the cache, -1: none is stored
+
+
+class Chosen(NamedTuple):
+    """What was chosen, a row each."""
+
+    ids: Tensor
+    finite: Tensor  # whether the logits were numbers
+    logprob: Tensor  # float32
+
+
 @triton.jit
 def _begin(  # type: ignore[no-untyped-def]
-    tokens, positions, slots, table, scale, freqs, x, cos, sin, places, T,
-    D: tl.constexpr, HALF: tl.constexpr, D_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
-    KIND: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr,
+    rows, embedding, freqs, begun, T, D: tl.constexpr, HALF: tl.constexpr, D_PAD: tl.constexpr,
+    HALF_PAD: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A row's embedding, the turns of its rotary pairs, and its place in the cache."""
+    """A program a row: its embedding, the rotary factors of its position, and its address in the
+    cache."""
     allow(OVERLAP)
     wait(OVERLAP)
     row = tl.program_id(0)
     d, i = tl.arange(0, D_PAD), tl.arange(0, HALF_PAD)
-    token = tl.load(tokens + row)
-    entry = table_row(table, scale, token, d, D, KIND, GROUP)
-    tl.store(x + row.to(tl.int64) * D + d, entry.to(x.dtype.element_ty), mask=d < D)
-    slot, position = tl.load(slots + row), tl.load(positions + row)
+    token = tl.load(rows.tokens + row)
+    entry = table_row(embedding.table, embedding.scale, token, d, D, KIND, GROUP)
+    x = begun.x + row.to(tl.int64) * D
+    tl.store(x + d, entry.to(begun.x.dtype.element_ty), mask=d < D)
+    slot, position = tl.load(rows.slots + row), tl.load(rows.positions + row)
     angle = position.to(tl.float32) * tl.load(freqs + i, mask=i < HALF, other=0.0)
     c, s = (libdevice.cos(angle), libdevice.sin(angle)) if EXACT else (tl.cos(angle), tl.sin(angle))
-    tl.store(cos + row * HALF + i, c, mask=i < HALF)
-    tl.store(sin + row * HALF + i, s, mask=i < HALF)
-    tl.store(places + row, tl.where((slot >= 0) & (position < T), slot * T + position, -1))
+    tl.store(begun.cos + row * HALF + i, c, mask=i < HALF)
+    tl.store(begun.sin + row * HALF + i, s, mask=i < HALF)
+    address = tl.where((slot >= 0) & (position < T), slot * T + position, -1)
+    tl.store(begun.cache_index + row, address)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["n"])
 def _advance(  # type: ignore[no-untyped-def]
-    ids, finite, logprob, results, turn, tokens, positions, slots, lengths, index, limits, stops,
-    stride, rows, T, S: tl.constexpr, R_PAD: tl.constexpr, FLIGHTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    chosen, results, steps, rows, stride, n, T, S: tl.constexpr, R_PAD: tl.constexpr,
+    FLIGHTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """What the step brought, for the host; and where the next one is."""
+    """One program: results of the first n rows for the host, and what the next step starts from."""
     allow(OVERLAP)
     wait(OVERLAP)
     r = tl.arange(0, R_PAD)
-    real = r < rows
-    chosen = tl.load(ids + r, mask=real, other=0)
-    slot = tl.load(slots + r, mask=real, other=-1)
-    position = tl.load(positions + r, mask=real, other=0)
-    count = tl.load(index + r, mask=real, other=0)
+    real = r < n
+    token = tl.load(chosen.ids + r, mask=real, other=0)
+    slot = tl.load(rows.slots + r, mask=real, other=-1)
+    position = tl.load(rows.positions + r, mask=real, other=0)
+    count = tl.load(rows.generated + r, mask=real, other=0)
     live = real & (slot >= 0)
-    now = tl.load(turn)
-    results += now % FLIGHTS * (3 * stride) + 3 * r
-    tl.store(results, chosen.to(tl.int32), mask=real)
-    tl.store(results + 1, tl.load(finite + r, mask=real, other=0), mask=real)
-    likely = tl.load(logprob + r, mask=real, other=0.0)
-    tl.store(results + 2, likely.to(tl.int32, bitcast=True), mask=real)
-    tl.store(turn, now + 1)
-    ending = tl.load(
-        stops + tl.arange(0, S)[:, None] * stride + r[None, :], mask=real[None, :], other=-1
-    )  # (S, R)
-    stopped = tl.max((ending == chosen[None, :]).to(tl.int32), 0) > 0
-    ended = stopped | (count + 1 >= tl.load(limits + r, mask=real, other=0)) | (position + 1 >= T)
-    tl.store(tokens + r, chosen, mask=live)
-    tl.store(positions + r, position + 1, mask=live)
-    tl.store(index + r, count + 1, mask=live)
-    tl.store(slots + r, tl.where(live & ~ended, slot, -1), mask=real)
-    tl.store(lengths + r, tl.where(live & ~ended, position + 2, 0), mask=real)
-
-
-def most_rows(weight: Weight, wide: bool) -> int:
-    """Of a product with it by our kernels."""
-    return MOST_ROWS["wide" if wide else kind_of(weight)]
+    # what the host reads
+    step = tl.load(steps)
+    out = results + step % FLIGHTS * (3 * stride) + 3 * r
+    tl.store(out, token.to(tl.int32), mask=real)
+    tl.store(out + 1, tl.load(chosen.finite + r, mask=real, other=0), mask=real)
+    logprob = tl.load(chosen.logprob + r, mask=real, other=0.0)
+    tl.store(out + 2, logprob.to(tl.int32, bitcast=True), mask=real)
+    tl.store(steps, step + 1)
+    # which rows end
+    stops = rows.stops + tl.arange(0, S)[:, None] * stride + r[None, :]
+    ending = tl.load(stops, mask=real[None, :], other=-1)  # (S, R)
+    stopped = tl.max((ending == token[None, :]).to(tl.int32), 0) > 0
+    limit = tl.load(rows.limits + r, mask=real, other=0)
+    ended = stopped | (count + 1 >= limit) | (position + 1 >= T)
+    # the next step
+    tl.store(rows.tokens + r, token, mask=live)
+    tl.store(rows.positions + r, position + 1, mask=live)
+    tl.store(rows.generated + r, count + 1, mask=live)
+    tl.store(rows.slots + r, tl.where(live & ~ended, slot, -1), mask=real)
+    tl.store(rows.lengths + r, tl.where(live & ~ended, position + 2, 0), mask=real)
 
 
 @dataclass(frozen=True)
@@ -137,15 +170,6 @@ class Row:
         return not (shifts or p.logprobs or (p.temperature and (p.top_k or p.min_p)))
 
 
-class Outcome(NamedTuple):
-    """What a step brought a row."""
-
-    token: int
-    finite: bool
-    logprob: float
-    top: list[tuple[int, float]]
-
-
 class Key(NamedTuple):
     """What steps of one graph have in common."""
 
@@ -154,25 +178,6 @@ class Key(NamedTuple):
     long: bool  # whether a row has many keys
     masked: bool
     greedy: bool  # whether a lean one takes the most probable token of every row
-
-
-class Scratch:
-    """What layers hand on to each other, for up to `rows` rows."""
-
-    def __init__(self, forward: FlatForward, rows: int) -> None:
-        args, like = forward.model.params, forward.model.norm.weight
-        queries = args.n_heads * args.head_dim
-
-        def new(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
-            return torch.zeros(rows, *shape, dtype=dtype, device=like.device)
-
-        self.x, self.normed = new(args.dim), new(args.dim)
-        self.qkv = new(queries + 2 * args.n_kv_heads * args.head_dim)
-        self.q, self.attended = (new(args.n_heads, args.head_dim) for _ in range(2))
-        self.both, self.gated = new(2 * args.hidden_dim), new(args.hidden_dim)
-        self.cos, self.sin = (new(args.head_dim // 2, dtype=torch.float32) for _ in range(2))
-        self.places = new(dtype=torch.int64)
-        self.logits = new(args.vocab_size, dtype=torch.float32)
 
 
 class CapturedStep:
@@ -193,26 +198,20 @@ class CapturedStep:
     @on_its_device
     def _prepare(self, model: Transformer, n_words: int | None) -> None:
         args, device, max_rows = model.params, self.device, self.max_rows
-        heads, kv_heads = args.n_heads, args.n_kv_heads
-        self.attend = DecodeAttention(max_rows, heads, kv_heads, args.head_dim, device)
-        self.forward = FlatForward(model, self.attend)
-        self.products = Products(device, model.norm.weight.dtype)
-        self.wide = [self._is_wide(block) for block in self.forward.blocks]
-        self.most_rows = [
-            min(most_rows(weight, wide) for weight in block.products())
-            for block, wide in zip(self.forward.blocks, self.wide, strict=True)
-        ]
-        self._reserve()
-        self.scratch = Scratch(self.forward, max_rows)
+        attend = DecodeAttention(max_rows, args.n_heads, args.n_kv_heads, args.head_dim, device)
+        self.forward = FlatForward(model, attend)
+        self.state = torch.zeros(10 + STOPS, max_rows, dtype=torch.int64, device=device)
+        tokens, positions, slots, lengths, generated, limits = self.state[:6]
+        rows = RowState(tokens, positions, slots, lengths, generated, limits, self.state[10:])
+        self.row_state = rows
+        self.layers = Layers(
+            self.forward, attend, self.cache, rows.slots, rows.positions, rows.lengths
+        )
+        self.scratch, self.products = self.layers.scratch, self.layers.products
         self.sampler = Sampler(max_rows, args.vocab_size, device, n_words)
         self.shifts = Shifts(max_rows, args.vocab_size, device, n_words)
-        self.state = torch.zeros(10 + STOPS, max_rows, dtype=torch.int64, device=device)
-        (self.tokens, self.positions, self.slots, self.lengths, self.index, self.limits) = (
-            self.state[:6]
-        )
         self.sampler.seed, self.sampler.top_p = self.state[6:8].T, self.state[8]
-        self.turn = self.state[9, :1]  # how many steps there were, as is self.launched
-        self.stops = self.state[10:]  # (S, R)
+        self.steps = self.state[9, :1]  # how many there were, on the device, as is self.launched
         # in the memory of the host, where a step writes by itself: a copy would hold up the next
         pinned = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
@@ -221,7 +220,6 @@ class CapturedStep:
         self.overlap = overlap(device)
         self.graphs: dict[Key, torch.cuda.CUDAGraph] = {}
         self.masked = self.greedy = False
-        self.left: Tensor | None = None  # what is to be added to the states, (S, R, D)
         self.rows = 0
         self.keys = 0  # of the longest row in the next step
         self.top: int | None = None  # alternatives of a full step; None: a lean one
@@ -260,7 +258,7 @@ class CapturedStep:
             wanted = max(row.params.logprobs or 0 for row in rows)
             self.top = power_of_two(wanted) if wanted else 0
             self.top = min(self.top, self.forward.model.params.vocab_size)
-            if self.shifts.reserve(self.top):  # graphs know the place of the one before
+            if self.shifts.reserve(self.top):  # graphs know the address of the one before
                 self.graphs = {key: graph for key, graph in self.graphs.items() if key.top is None}
             self.shifts.load([(r.params, r.seed, r.generated) for r in rows], self.rows)
         self.greedy = self.top is None and not any(heat)
@@ -295,7 +293,7 @@ class CapturedStep:
         self.flight.append((results, tops, done))
 
     @on_its_device
-    def read(self) -> list[Outcome]:
+    def read(self) -> list[Choice]:
         """What the oldest step in flight brought, a row each; waits for that step alone."""
         results, alternatives, done = self.flight[0]
         if done is not None:
@@ -308,9 +306,9 @@ class CapturedStep:
             both = zip(*(t.tolist() for t in alternatives), strict=True)
             tops = [list(zip(names, values, strict=True)) for names, values in both]
         return [
-            Outcome(token, bool(fine), logprob, top)
-            for token, fine, logprob, top in zip(
-                ids.tolist(), finite.tolist(), logprobs, tops, strict=True
+            Choice(token, logprob, top, bool(fine))
+            for token, logprob, top, fine in zip(
+                ids.tolist(), logprobs, tops, finite.tolist(), strict=True
             )
         ]
 
@@ -321,29 +319,6 @@ class CapturedStep:
 
     # ---- one step
 
-    def _reserve(self) -> None:
-        """Scratch for the products of every row count, before any is captured."""
-        every = [(self.forward.output, False)]  # and whether it is left in parts
-        for block, wide in zip(self.forward.blocks, self.wide, strict=True):
-            every += [(weight, wide and weight is not block.w13) for weight in block.products()]
-        kinds = {(*w.shape, kind_of(w), parts): w for w, parts in every}
-        for (*_, parts), weight in kinds.items():
-            rows = 1
-            while rows <= min(most_rows(weight, parts), self.max_rows * 2 - 1):
-                wide = parts and rows >= LEAST_WIDE[kind_of(weight)]
-                self.products.reserve(weight.shape[0], self.products.blocks(rows, weight, wide))
-                rows *= 2
-
-    def _is_wide(self, block: Block) -> bool:
-        """Whether several rows go through the layer by wide.py."""
-        wqkv, wo, w13, w2 = every = block.products()
-        one = len({isinstance(weight, Tensor) for weight in every}) == 1
-        return (
-            one
-            and self.products.is_wide(w13, True)
-            and all(map(self.products.is_wide, (wqkv, wo, w2)))
-        )
-
     def _send(self, target: Tensor, source: Tensor) -> None:
         if self.device.type == "cuda":
             source = source.pin_memory()
@@ -353,8 +328,8 @@ class CapturedStep:
         """Record the graph of a step. What it needs is compiled and allocated before that by runs
         in which no row has a slot. Other threads may run steps meanwhile, and capture none."""
         kept = self.state.clone()
-        self.slots[: key.rows] = -1
-        self.lengths[: key.rows] = 0
+        self.row_state.slots[: key.rows] = -1
+        self.row_state.lengths[: key.rows] = 0
         compile_together(lambda: self._step(key), self.device)
         self._step(key)
         torch.cuda.synchronize(self.device)
@@ -370,94 +345,23 @@ class CapturedStep:
     @torch.no_grad()
     def _step(self, key: Key) -> None:
         """Embedding, layers, choice, and what the next step starts from."""
-        s, n, model = self.scratch, key.rows, self.forward.model
-        size, self.left = model.params.head_dim // 2, None
-        dim, table = model.params.dim, source(self.forward.table)
+        s, n, model, rows = self.scratch, key.rows, self.forward.model, self.row_state
+        dim, half, longest = model.params.dim, model.params.head_dim // 2, self.cache.max_seq_len
+        table = source(self.forward.table)
         launch(_begin, (n,))(
-            self.tokens, self.positions, self.slots, table.weight, table.scale,
-            model.freqs, s.x, s.cos, s.sin, s.places, self.cache.max_seq_len, D=dim, HALF=size,
-            D_PAD=power_of_two(dim), HALF_PAD=power_of_two(size), KIND=table.kind,
+            rows, Embedding(table.weight, table.scale), model.freqs,
+            Begun(s.x, s.cos, s.sin, s.cache_index), longest, D=dim, HALF=half,
+            D_PAD=power_of_two(dim), HALF_PAD=power_of_two(half), KIND=table.kind,
             GROUP=table.group, **self.overlap,
         )  # fmt: skip
-        for layer, block in enumerate(self.forward.blocks):
-            if n > self.most_rows[layer]:
-                self._many(n, layer, block, key.long)
-            elif self.wide[layer] and n >= LEAST_WIDE[kind_of(block.wqkv)]:
-                self._wide(n, layer, block, key.long)
-            else:
-                self._few(n, layer, block, key.long)
-        logits = self._logits(n)
+        logits = self.layers(n, key.long)
+        sampler, index = self.sampler, rows.generated[:n]
         if key.top is None:
-            self.sampler(logits, self.index[:n], rows=n, masked=key.masked, greedy=key.greedy)
+            sampler(logits, index, rows=n, masked=key.masked, greedy=key.greedy)
         else:
-            self.shifts(logits, self.index[:n], self.slots[:n], self.sampler, key.top)
+            self.shifts(logits, index, rows.slots[:n], sampler, key.top)
         launch(_advance, (1,))(
-            self.sampler.ids, self.sampler.finite, self.sampler.logprob, self.results, self.turn,
-            self.tokens, self.positions, self.slots, self.lengths, self.index, self.limits,
-            self.stops, self.stops.stride(0), n, self.cache.max_seq_len, S=STOPS,
-            R_PAD=max(2, power_of_two(self.max_rows)), FLIGHTS=FLIGHTS, **self.overlap,
+            Chosen(sampler.ids, sampler.finite, sampler.logprob), self.results, self.steps, rows,
+            rows.stops.stride(0), n, longest, S=STOPS, R_PAD=max(2, power_of_two(self.max_rows)),
+            FLIGHTS=FLIGHTS, **self.overlap,
         )  # fmt: skip
-
-    def _norm(
-        self, n: int, weight: Tensor, of: Weight | None = None, arranged: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, float] | None]:
-        """The states, normed, or with what the product `of` them norms them by."""
-        eps, x = self.forward.model.params.norm_eps, self.scratch.x[:n]
-        if of is not None and self.products.norms(n, of):
-            return x, (weight, eps)
-        left, self.left = self.left, None
-        normed = self.scratch.normed[:n]
-        return rms_norm(x, weight, eps, normed, partials=left, arranged=arranged), None
-
-    def _few(self, n: int, layer: int, block: Block, long: bool) -> None:
-        s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
-        where = Rotation(s.cos, s.sin, self.slots, self.positions, k, v)
-        multiply = self.products
-        h, norm = self._norm(n, block.attention_norm, block.wqkv)
-        multiply(h, block.wqkv, s.q[:n], ROTATE, norm=norm, rotation=where)
-        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long)
-        multiply(s.attended[:n].flatten(1), block.wo, s.x[:n], ADD)
-        h, norm = self._norm(n, block.ffn_norm, block.w13)
-        multiply(h, block.w13, s.gated[:n], GATE, norm=norm)
-        multiply(s.gated[:n], block.w2, s.x[:n], ADD)
-
-    def _wide(self, n: int, layer: int, block: Block, long: bool) -> None:
-        """The same where products leave parts of their sums, which the next kernel adds up."""
-        s, k, v, multiply = self.scratch, self.cache.k[layer], self.cache.v[layer], self.products
-        heads, kv_heads = self.forward.heads, self.forward.kv_heads
-        arranged = not isinstance(block.wqkv, Tensor)
-        h, _ = self._norm(n, block.attention_norm, arranged=arranged)
-        qkv = multiply.parts(h, block.wqkv)
-        rotate_and_store(qkv, s.cos, s.sin, s.places, k, v, heads, kv_heads, out=s.q[:n])
-        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long, arranged)
-        self.left = multiply.parts(s.attended[:n].flatten(1), block.wo)
-        h, _ = self._norm(n, block.ffn_norm, arranged=arranged)
-        multiply(h, block.w13, s.gated[:n], GATE, wide=True)
-        self.left = multiply.parts(s.gated[:n], block.w2)
-
-    def _many(self, n: int, layer: int, block: Block, long: bool) -> None:
-        s, k, v = self.scratch, self.cache.k[layer], self.cache.v[layer]
-        heads, kv_heads = self.forward.heads, self.forward.kv_heads
-        h, _ = self._norm(n, block.attention_norm)
-        self.forward.product(h, block.wqkv, s.qkv[:n])
-        rotate_and_store(
-            s.qkv[:n], s.cos, s.sin, s.places, k, v, heads, kv_heads, out=s.q[:n]
-        )  # (n, H, E)
-        self.attend(s.q[:n], k, v, self.slots, self.lengths, s.attended[:n], long)
-        self.forward.add_product(s.x[:n], s.attended[:n].flatten(1), block.wo)
-        h, _ = self._norm(n, block.ffn_norm)
-        self.forward.product(h, block.w13, s.both[:n])
-        silu_multiply(s.both[:n], out=s.gated[:n])
-        self.forward.add_product(s.x[:n], s.gated[:n], block.w2)
-
-    def _logits(self, n: int) -> Tensor:
-        """Logits (n, V) float32 of the states."""
-        weight, output = self.forward.model.norm.weight, self.forward.output
-        wide = self.products.is_wide(output, True) and n >= LEAST_WIDE[kind_of(output)]
-        ours = n <= most_rows(output, wide)
-        arranged = ours and wide and not isinstance(output, Tensor)
-        h, norm = self._norm(n, weight, output if ours else None, arranged)
-        logits = self.scratch.logits[:n]
-        if ours:
-            return self.products(h, output, logits, STORE, norm=norm, wide=wide)
-        return self.forward.logits_into(h, logits)

@@ -37,7 +37,7 @@ def held_out_rows(tokenizer: Tokenizer, documents: int) -> list[Rows]:
 @torch.inference_mode()
 def difference(llama: Llama, other: Llama, data: Sequence[Rows]) -> Difference:
     """How the logits of two models differ at the tokens of `data` that are no padding."""
-    found, device = Difference(), llama.engine.device
+    found, device = Difference(), llama.model.norm.weight.device
     with progress("comparing", len(data), unit="batches") as advance:
         for some in data:
             positions = torch.cat([torch.arange(n, device=device) for n in some.counts])

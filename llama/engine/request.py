@@ -1,4 +1,4 @@
-"""A request, what a step chose for it, and what its owner is told.
+"""A request, what a step brought it, and what its owner is told.
 
 Plain Python, no tensor. The surprising thing: a request changes by single appends and assignments,
 each of which is one operation of the interpreter. So another thread may cancel it and a Ctrl-C may
@@ -6,23 +6,34 @@ fall between any two lines, and what is there is always a request that can go on
 kept: they are read off the request, as often as somebody asks.
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, NamedTuple
 
-from llama.sampling import SamplingParams, plain_number
+from llama.sampling_params import SamplingParams, plain_number
 
 Alternatives = list[tuple[int, float]]  # (id, logprob), the most probable first
 
 
 class Choice(NamedTuple):
-    """A step's result for one request, on the host."""
+    """A token that was chosen, with what the model thought of it."""
 
     token: int
     logprob: float  # the model's own, before temperature and filters
     top: Alternatives
     finite: bool = True  # whether the logits were numbers
+
+
+class Outcome(NamedTuple):
+    """What a step brought one request: no token, one, or several."""
+
+    request: "Request"
+    cached: int  # how many of its tokens have their keys in the slot now
+    choices: Sequence[Choice] = ()
+    logprobs: Sequence[float] | None = None  # of the prompt tokens that follow, where it is scored
+    top_logprobs: Sequence[Alternatives] = ()  # at the same tokens
+    finite: bool = True  # whether the states of a scored prompt were numbers
 
 
 class Event(NamedTuple):
@@ -45,8 +56,9 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     limit: int  # tokens it may generate
+    stops: Set[int] = frozenset()  # ids that end it, the engine's among them
     seed: int = 0  # drawn when it is queued, where params has none
-    number: int = 0  # in the order of arrival
+    number: int = -1  # in the order of arrival; -1: not all ranks know of it yet
     choices: list[Choice] = field(default_factory=list)  # one for each token of the answer
     prompt_logprobs: list[float] = field(default_factory=list)  # the first token's is 0.0
     prompt_top_logprobs: list[Alternatives] = field(default_factory=list)  # the first has none
@@ -84,6 +96,11 @@ class Request:
             return False
         return bool(self.choices) or self.params.prompt_logprobs is None
 
+    @property
+    def scoring(self) -> bool:
+        """Whether its next token is one of a prompt that is to be scored."""
+        return self.params.prompt_logprobs is not None and self.cached < len(self.prompt)
+
     def following(self, count: int) -> list[int]:
         """The first `count` of the pending tokens."""
         if self.choices and self.pending == 1:
@@ -110,6 +127,9 @@ class Request:
         elif reason is not None:
             events.append(Event(self, None, finish_reason=reason))
         return events
+
+
+Share = list[tuple[Request, int]]  # which requests run how many of their tokens in a step
 
 
 def token_ids(prompt: Any) -> list[int]:  # noqa: ANN401 (whatever somebody passes)
