@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,13 +33,14 @@ from triton.runtime.jit import JITFunction
 
 from llama.cache import Batch
 from llama.commands.bench import SHAPES as RELEASED
-from llama.cuda import forward, launch, products, sampling, step, weights
+from llama.cuda import forward, launch, step, weights
 from llama.cuda import norm_rope_gate as rows
 from llama.cuda.attention import decode as attention
 from llama.cuda.attention import prefill
-from llama.cuda.products import unpack
-from llama.cuda.products.gemv import shared_memory
-from llama.cuda.tuning import DecodeAttention, SomeRows, Stream, Tiling, direct, power_of_two
+from llama.cuda.products import dispatch, unpack
+from llama.cuda.products.gemv_layouts import shared_memory
+from llama.cuda.sampling import full, lean
+from llama.cuda.tuning import DecodeAttention, Gemm, Gemv, Tiling, direct, power_of_two
 from llama.model import ModelArgs, Transformer
 from llama.quantization import QuantizedEmbedding, QuantizedLinear, formats_of
 from llama.quantization.packed import Packed
@@ -93,13 +95,36 @@ class Launch(NamedTuple):
 
     @property
     def named(self) -> dict[str, Any]:
-        """The constants of it by name, those of groups by the names of their fields."""
+        """Its constants, by name; those of a group by the names of the group's fields."""
         names = [p.name for p in self.kernel.params if p.is_constexpr]
-        given = {self.kernel.arg_names[at[0]]: v for at, v in self.constants.items()}
-        found = {name: getattr(given[name], "value", given[name]) for name in names}
-        groups = [value._asdict() for value in found.values() if hasattr(value, "_asdict")]
-        alone = {name: value for name, value in found.items() if not hasattr(value, "_asdict")}
-        return alone | {name: value for group in groups for name, value in group.items()}
+        given = {self.kernel.arg_names[at[0]]: v for at, v in self.constants.items() if not at[1:]}
+        found: dict[str, Any] = {}
+        for name in names:
+            value = getattr(given[name], "value", given[name])
+            if is_dataclass(value):
+                found |= vars(value)
+            else:
+                found |= value._asdict() if isinstance(value, tuple) else {name: value}
+        return found
+
+    @property
+    def arguments(self) -> dict[tuple[int, ...], tuple[str, str]]:
+        """The name and type of each argument, and of each field of a group, by its path."""
+        found: dict[tuple[int, ...], tuple[str, str]] = {}
+
+        def walk(path: tuple[int, ...], names: Iterable[str], types: Iterable[Any]) -> None:
+            for at, (name, type) in enumerate(zip(names, types, strict=True)):
+                if isinstance(type, tuple):
+                    walk((*path, at), getattr(type, "_fields", map(str, range(len(type)))), type)
+                else:
+                    found[(*path, at)] = name, type
+
+        walk((), self.signature, self.signature.values())
+        return found
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a number that the argument of that name points to."""
+        return 4 if (name, "*fp32") in self.arguments.values() else 2
 
     def compiled(self, target: Target) -> Any:  # noqa: ANN401
         source = self.kernel.ASTSource(self.kernel, self.signature, self.constants, self.attributes)
@@ -141,7 +166,7 @@ def pretended(target: Target) -> Iterator[list[Launch]]:
             else {"OVERLAP": False}
         ),
     }
-    everywhere = (attention, forward, launch, prefill, products, rows, sampling, step, unpack)
+    everywhere = (attention, dispatch, forward, full, launch, lean, prefill, rows, step, unpack)
     kept = [
         (module, name, getattr(module, name))
         for module in everywhere
@@ -219,27 +244,29 @@ def can(target: Target, kind: str) -> bool:
 # ---- what they take
 
 # Sizes that kernels loop over, or compare numbers with: one stands for all of them.
-_SIZES = {"K", "D", "F", "VOCAB", "HEADS", "KV_HEADS", "H", "G"}
+_SIZES = {
+    "K", "D", "F", "VOCAB", "HEADS", "KV_HEADS", "H", "G",
+    "inputs", "k_blocks", "heads", "kv_heads",
+}  # fmt: skip
 
 
 def alike(one: Launch) -> tuple[object, ...]:
     """What launches have in common that take the same of a GPU."""
     c, other = one.named, ()
-    if one.name == "tiles.some_rows":
-        other = (c["K"] % c["BLOCK_K"] == 0,)
-    elif one.name == "wide.wide":
-        turns = c["K"] // c["BLOCK_K"] // c["SPLIT"]
-        other = (turns % 2, min(turns, 3))
-    elif one.name == "stream.stream":
-        part = -(-c["K"] // c["SPLIT"])
-        other = (power_of_two(part), part == power_of_two(part))
-    elif one.name == "attention._attend":
+    if one.name == "gemm.gemm":
+        other = (c["K"] % c["block_k"] == 0,)
+    elif one.name == "gemm_sm90.gemm_sm90":
+        other = (c["k_blocks"] % 2, min(c["k_blocks"], 3))
+    elif one.name == "gemv.gemv":
+        span = -(-c["inputs"] // c["split"])
+        other = (power_of_two(span), span == power_of_two(span))
+    elif one.name == "decode._attend":
         row = c["KV_HEADS"] * c["E"]
         other = (min(64, row & -row),)
     kept = tuple((name, str(value)) for name, value in c.items() if name not in _SIZES)
     arguments = [
-        (name, type, str(one.attributes.get((at,))))
-        for at, (name, type) in enumerate(one.signature.items())
+        (name, type, str(one.attributes.get(path)))
+        for path, (name, type) in one.arguments.items()
         if type not in ("i32", "i64", "constexpr")
     ]
     return one.name, tuple(arguments), kept, other, one.options.hash()
@@ -282,23 +309,24 @@ def reckoned(target: Target, one: Launch) -> int | None:
     """Bytes that the library thinks a program of it shares; None where nothing depends on that."""
     c, warps, stages = one.named, one.options.num_warps, one.options.num_stages
     kinds = {value.value: kind for kind, value in weights._KINDS.items()}
-    if one.name == "tiles.some_rows":
-        size = 4 if one.signature["x"] == "*fp32" else 2
-        some = SomeRows(c["RP"], c["BLOCK_N"], c["BLOCK_K"], c["SPLIT"], c["STAGES"], warps)
+    if one.name == "gemm.gemm":
+        size = one.size_of("x")
+        some = Gemm(**{field: c[field] for field in Gemm._fields})
         by_itself = direct(target.capability, size)
         return some.takes(kinds.get(c["KIND"], ""), c["GROUP"], size, by_itself)
-    if one.name == "attention._attend":
-        size = 4 if one.signature["k"] == "*fp32" else 2
+    if one.name == "decode._attend":
+        size = one.size_of("k")
         share = DecodeAttention(c["PROGRAMS"], c["BLOCK"], c["STAGES"], warps)
         return share.takes(c["G"], c["E"], size)
     if one.name == "prefill._attend":
-        size = 4 if one.signature["k"] == "*fp32" else 2
+        size = one.size_of("k")
         cut = Tiling(c["BLOCK_M"], c["BLOCK_N"], warps, stages)
         return cut.takes(c["E"], size, direct(target.capability, size))
-    if one.name == "stream.stream":
-        ring = Stream(c["BLOCK_N"], c["RUNS"], c["W"], c["STAGES"], 1, c["SPLIT"])
-        read = weights.Source(None, None, tl.constexpr(c["KIND"]), c["GROUP"])  # type: ignore[arg-type]
-        return shared_memory(read, c["K"], ring) + 1024  # what Products leaves
+    if one.name == "gemv.gemv":
+        slices = c["slices"] // c["warps"]
+        blocks = Gemv(c["block_n"], slices, c["warps"], c["stages"], 1, c["split"])
+        read = weights.Source(None, None, tl.constexpr(c["kind"]), c["group"])  # type: ignore[arg-type]
+        return shared_memory(read, c["inputs"], blocks) + 1024  # what Products leaves
     return None
 
 

@@ -28,7 +28,7 @@ from llama.commands.bench import SHAPES, VOCAB
 from llama.cuda import launch, layers, step, tuning
 from llama.cuda.attention import decode as attention
 from llama.cuda.products.dispatch import Products
-from llama.cuda.products.gemv import shared_memory, turn_of
+from llama.cuda.products.gemv_layouts import block_k_of, shared_memory
 from llama.cuda.weights import Weight, kind_of, source
 from llama.loading import load
 from llama.model import ModelArgs
@@ -53,54 +53,54 @@ def product_of(weight: Weight) -> Product:
 
 
 def product_candidates(name: str, weight: Weight, rows: int, products: Products) -> list[Blocks]:
-    """Of the kernel that the product of that name has."""
+    """Blocks for the kernel that the product of that name has."""
     now = products.blocks(rows, weight)
     outputs, inputs = weight.shape
-    if isinstance(now, tuning.Stream):
-        return stream_candidates(weight, products)
+    if isinstance(now, tuning.Gemv):
+        return gemv_candidates(weight, products)
     padded = now.padded
-    if isinstance(now, tuning.Wide):
+    if isinstance(now, tuning.GemmSm90):
         found: list[Blocks] = []
         read, plain = source(weight).weight, isinstance(weight, torch.Tensor)
-        splits = (1,) if name in ("w13", "output") else (1, 2, 4, 8)  # these can't be in parts
+        splits = (1,) if name in ("w13", "output") else (1, 2, 4, 8)  # these can't be partials
         for n, k, split in itertools.product((64, 128), (64,) if plain else (64, 128), splits):
-            turn = 2 * n * k * read.shape[1] * read.itemsize // inputs + 2 * padded * k
+            stage = 2 * n * k * read.shape[1] * read.itemsize // inputs + 2 * padded * k
             if inputs % (k * split) or (plain and name == "w13" and n == 64):
                 continue
             for programs in (1, 2) if padded <= 32 else (1,):
-                stages = min(12, 205_000 // programs // turn)
+                stages = min(12, 205_000 // programs // stage)
                 if stages > 2:
-                    found.append(tuning.Wide(padded, n, k, split, stages, programs))
+                    found.append(tuning.GemmSm90(padded, n, k, split, stages, programs))
     else:
         tiles = [(64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 64, 8), (128, 128, 8)]
         found = [
-            tuning.SomeRows(padded, n, k, split, stages, warps)
+            tuning.Gemm(padded, n, k, split, stages, warps)
             for (n, k, warps), split, stages in itertools.product(tiles, (1, 2, 4, 8), (3, 4, 6))
             if 48 * 1024 <= stages * (n + padded) * k * 2 <= 220_000
         ]
     return [blocks for blocks in found if worth(blocks, outputs, inputs)]
 
 
-def worth(blocks: tuning.Wide | tuning.SomeRows, outputs: int, inputs: int) -> bool:
+def worth(blocks: tuning.GemmSm90 | tuning.Gemm, outputs: int, inputs: int) -> bool:
     """Whether there are programs for nearly every multiprocessor, but not, by being split, many
     more, and enough inputs for each."""
-    tile = blocks.block_n * (2 if isinstance(blocks, tuning.Wide) else 1)
+    tile = blocks.block_n * (2 if isinstance(blocks, tuning.GemmSm90) else 1)
     programs = -(-outputs // tile) * blocks.split
-    most, least = (270, 40) if isinstance(blocks, tuning.Wide) else (1200, 100)
+    most, least = (270, 40) if isinstance(blocks, tuning.GemmSm90) else (1200, 100)
     enough = programs <= most and inputs >= 4 * blocks.block_k * blocks.split
     return programs >= least and (blocks.split == 1 or enough)
 
 
-def stream_candidates(weight: Weight, products: Products) -> list[Blocks]:
+def gemv_candidates(weight: Weight, products: Products) -> list[Blocks]:
     read, inputs = source(weight), weight.shape[1]
     found: list[Blocks] = []
     tiles = [(16, 4, 8), (16, 2, 8), (16, 1, 8), (16, 2, 16), (32, 2, 8), (32, 1, 8), (32, 1, 16),
              (64, 1, 8)]  # fmt: skip
     for tile, split, memory in itertools.product(tiles, (1, 2, 4), (106, 150, 200)):
         for programs in (1, 2):
-            n, runs, warps = (*tile[:2], tile[2] // programs)
-            blocks = tuning.Stream(n, runs, warps, 2, programs, split)
-            if inputs % (turn_of(read, blocks) * split):
+            n, slices, warps = (*tile[:2], tile[2] // programs)
+            blocks = tuning.Gemv(n, slices, warps, 2, programs, split)
+            if inputs % (block_k_of(read, blocks) * split):
                 continue
             while shared_memory(read, inputs, blocks) * programs < memory * 1024:
                 blocks = blocks._replace(stages=blocks.stages + 1)
@@ -129,11 +129,12 @@ class Step:
         self.blocks: dict[Product | str, Blocks] = {
             "attention": max(every, key=lambda blocks: blocks.programs)
         }
-        Products.blocks = lambda own, rows, weight, wide=False, gated=False: (
-            self.blocks.get(product_of(weight)) or TABLE(own, rows, weight, wide, gated)
+        Products.blocks = lambda own, rows, weight, sm90=False, gated=False: (
+            self.blocks.get(product_of(weight)) or TABLE(own, rows, weight, sm90, gated)
         )
         attention.decode_attention_blocks = lambda *_: self.blocks["attention"]
         layers.MOST_ROWS = dict.fromkeys(tuning.MOST_ROWS, rows)
+        layers.MOST_ROWS_SM90 = rows
         source = random_checkpoint(args, dtype=torch.bfloat16, device=device)
         formats = formats_of(quantize, args) if quantize else None
         model = load(source, ranks=ONE, device=device, formats=formats)
@@ -147,15 +148,16 @@ class Step:
         products = self.step.products
         for weight in weights:  # what the table says, at first
             output = weight is forward.output
-            wide = products.is_wide(weight, True) if output else self.step.layers.wide[0]
-            wide = wide and rows >= tuning.LEAST_WIDE[kind_of(weight)]
+            sm90 = products.can_use_sm90(weight, True) if output else self.step.layers.sm90[0]
+            sm90 = sm90 and rows >= tuning.LEAST_ROWS_SM90[kind_of(weight)]
             gated = weight is forward.blocks[0].w13
-            self.blocks[product_of(weight)] = TABLE(products, rows, weight, wide, gated)
+            self.blocks[product_of(weight)] = TABLE(products, rows, weight, sm90, gated)
 
     def use_ours(self, ours: bool) -> None:
         """Our products, or torch's: a layer knows which since it was built, the output asks."""
         most = self.rows if ours else 0
         layers.MOST_ROWS = dict.fromkeys(tuning.MOST_ROWS, most)
+        layers.MOST_ROWS_SM90 = most
         self.step.layers.most_rows = [most] * len(self.step.layers.most_rows)
 
     def microseconds(self, context: int) -> float:

@@ -24,12 +24,13 @@ from test_cuda_step import GREEDY, PROMPTS, answers, check, engine_of, small_blo
 
 from llama.cache import Batch
 from llama.checkpoint import random_checkpoint
-from llama.cuda import forward, products, step, tuning
+from llama.cuda import forward, layers, tuning
 from llama.cuda.attention import decode as attention
 from llama.cuda.forward import UNPACKED, FlatForward, joined, rows_at_once
+from llama.cuda.products import dispatch
 from llama.cuda.products.dispatch import ADD, GATE, ROTATE, STORE, Products, Rotation
-from llama.cuda.products.unpack import Unpacked, unpack
-from llama.cuda.tuning import DecodeAttention, SomeRows
+from llama.cuda.products.unpack import Dequantizer, unpack
+from llama.cuda.tuning import DecodeAttention, Gemm
 from llama.cuda.weights import pairs_of
 from llama.loading import load, make_plan
 from llama.parallel import ONE
@@ -52,7 +53,7 @@ def packed(outputs, inputs, format, seed=1):
 def blocks_of(rows, format, inputs):
     """Tiles with an edge where the inputs have one."""
     run = max(32, format.group)
-    return SomeRows(max(16, rows), 32, run, 2 if inputs > run else 1, 2, 4)
+    return Gemm(max(16, rows), 32, run, 2 if inputs > run else 1, 2, 4)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16])
@@ -84,7 +85,7 @@ def test_a_part_of_a_sum_may_have_no_inputs(multiply, format):  # noqa: F811
     """Three tiles of inputs in four parts: the last begins where the weight ends."""
     x, weight = randn(5, 3 * 64), packed(32, 3 * 64, format)
     out = torch.full((5, 32), NAN, device=DEVICE)
-    multiply(x, weight, out, STORE, blocks=SomeRows(16, 32, 64, 4, 2, 4))
+    multiply(x, weight, out, STORE, blocks=Gemm(16, 32, 64, 4, 2, 4))
     close(out, x.double() @ weight.unpack(torch.float32).double().T, torch.float32)
 
 
@@ -112,7 +113,7 @@ def test_unpacking_is_exact(format, dtype):
     weight = packed(9, 384, format)
     out = torch.full((9, 384), NAN, dtype=dtype, device=DEVICE)
     assert torch.equal(unpack(weight, out), weight.unpack(dtype))
-    numbers = Unpacked(9 * 384, dtype, DEVICE)
+    numbers = Dequantizer(9 * 384, dtype, DEVICE)
     assert torch.equal(numbers(weight.rows(2, 7)), weight.unpack(dtype)[2:7])
     assert numbers(out) is out
 
@@ -174,7 +175,7 @@ def test_the_captured_step_of_a_quantized_model_is_the_plain_one(recipe, monkeyp
     if DEVICE.type == "cpu":
         few = DecodeAttention(3, 16, 2, 4, ahead=16)
         monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: few)
-        monkeypatch.setattr(products, "some_rows_blocks", small_blocks)
+        monkeypatch.setattr(dispatch, "gemm_blocks", small_blocks)
     model = quantized_model(recipe, n_layers=2 if recipe is MIXED else 1)
     plain = answers(engine_of(model, False), PROMPTS[:2], SHORT)
     check(answers(engine_of(model, True), PROMPTS[:2], SHORT), plain)
@@ -183,7 +184,7 @@ def test_the_captured_step_of_a_quantized_model_is_the_plain_one(recipe, monkeyp
 def test_more_rows_than_our_products_take(monkeypatch):
     few = DecodeAttention(3, 16, 2, 4, ahead=16)
     monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: few)
-    monkeypatch.setattr(step, "MOST_ROWS", dict.fromkeys(tuning.MOST_ROWS, 0))
+    monkeypatch.setattr(layers, "MOST_ROWS", dict.fromkeys(tuning.MOST_ROWS, 0))
     monkeypatch.setattr(forward, "UNPACKED", 40 * 64)  # 40 rows of 64 inputs
     model = quantized_model("int4")
     plain = answers(engine_of(model, False), PROMPTS[:2], SHORT)
@@ -218,17 +219,17 @@ def test_real_packed_products(multiply, rows, outputs, inputs, format):  # noqa:
     x = randn(rows, inputs, dtype=torch.bfloat16)
     weight = packed(outputs, inputs, format)
     products = Products(DEVICE, torch.bfloat16)
-    wide = rows > 1 and products.is_wide(weight)
-    given = arranged(x) if wide else x
+    sm90 = rows > 1 and products.can_use_sm90(weight)
+    given = arranged(x) if sm90 else x
     product = x.double() @ weight.unpack(torch.float32).double().T
     plain = (x @ weight.unpack(torch.bfloat16).T).double()
     theirs = (plain - product).norm() / product.norm()
     for _ in range(3):
         out = torch.full((rows, outputs), NAN, device=DEVICE, dtype=torch.bfloat16)
-        multiply(given, weight, out, STORE, wide=wide)
+        multiply(given, weight, out, STORE, sm90=sm90)
         assert (out.double() - product).norm() / product.norm() <= 1.1 * theirs
-    if wide:
-        added = products.parts(given, weight).sum(0)
+    if sm90:
+        added = products.partials(given, weight).sum(0)
         assert (added.double() - product).norm() / product.norm() <= 1.1 * theirs
     else:
         residual = torch.zeros((rows, outputs), device=DEVICE, dtype=torch.bfloat16)
@@ -236,8 +237,8 @@ def test_real_packed_products(multiply, rows, outputs, inputs, format):  # noqa:
     gated = torch.full((rows, outputs // 2), NAN, device=DEVICE, dtype=torch.bfloat16)
     gate, up = product.chunk(2, 1)
     expected = F.silu(gate) * up
-    multiply(given, weight, gated, GATE, wide=wide)
-    close(gated, arranged(expected) if wide else expected, torch.bfloat16)
+    multiply(given, weight, gated, GATE, sm90=sm90)
+    close(gated, arranged(expected) if sm90 else expected, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from llama.cuda.attention.decode import DecodeAttention  # noqa: E402
 from llama.cuda.norm_rope_gate import rms_norm  # noqa: E402
 from llama.cuda.products.dispatch import ADD, GATE, ROTATE, STORE, Products, Rotation  # noqa: E402
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks  # noqa: E402
-from llama.cuda.tuning import SomeRows  # noqa: E402
+from llama.cuda.tuning import Gemm  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
@@ -44,7 +44,8 @@ def close(ours, expected, dtype):
 
 
 def arranged(x):
-    """Rows as wide.py reads them: the bits h t t i j p of a number in sixty-four as h i j t t p."""
+    """Rows as gemm_sm90.py reads them: the bits h t t i j p of an index in sixty-four as h i j t t
+    p."""
     sixty_fours = x.unflatten(-1, (-1, 2, 4, 2, 2, 2))  # ..., h, t, i, j, p
     return sixty_fours.transpose(-4, -3).transpose(-3, -2).flatten(-6)
 
@@ -57,8 +58,8 @@ def multiply():
 
 
 BLOCKS = [
-    (1, None), (1, SomeRows(16, 32, 32, 2, 2, 4)), (2, None), (5, SomeRows(32, 16, 32, 2, 2, 4)),
-    (17, SomeRows(32, 32, 32, 3, 2, 4)), (64, SomeRows(64, 32, 64, 1, 2, 4)),
+    (1, None), (1, Gemm(16, 32, 32, 2, 2, 4)), (2, None), (5, Gemm(32, 16, 32, 2, 2, 4)),
+    (17, Gemm(32, 32, 32, 3, 2, 4)), (64, Gemm(64, 32, 64, 1, 2, 4)),
 ]  # fmt: skip
 
 
@@ -185,12 +186,12 @@ def test_real_products(multiply, rows, outputs, inputs):
     gate, up = product.chunk(2, 1)
     close(multiply(x, w, gated, GATE), F.silu(gate) * up, torch.bfloat16)
     products = Products(DEVICE, torch.bfloat16)
-    if products.is_wide(w):
+    if products.can_use_sm90(w):
         for _ in range(3):
-            ours = (products.parts(x, w).sum(0).double() - product).norm() / product.norm()
+            ours = (products.partials(x, w).sum(0).double() - product).norm() / product.norm()
             assert ours <= 1.1 * (plain - product).norm() / product.norm()
             gated.fill_(NAN)
-            multiply(x, w, gated, GATE, wide=True)
+            multiply(x, w, gated, GATE, sm90=True)
             close(gated, F.silu(gate) * up, torch.bfloat16)
 
 
@@ -261,12 +262,13 @@ def only(self, *args, grid, warmup, **options):
     counts = [ptx.count(word) for word in ("griddepcontrol.wait", "mma", "cp.async.bulk.tensor")]
     print(self.__name__, len(kernel.asm["cubin"]), kernel.metadata.shared, *counts, spilled(kernel))
 JITFunction.run = only
-from llama.cuda import attention, products as room
+from llama.cuda.attention import decode as attention
+from llama.cuda.products import dispatch as room
 from llama.quantization.packed import Format, Packed
 from llama.cuda.attention.decode import DecodeAttention
 from llama.cuda.products.dispatch import ADD, GATE, ROTATE, STORE, Products, Rotation
-from llama.cuda.products.gemv import shared_memory
-from llama.cuda.tuning import LEAST_WIDE, Stream, Wide
+from llama.cuda.products.gemv_layouts import shared_memory
+from llama.cuda.tuning import LEAST_ROWS_SM90, GemmSm90
 from llama.cuda.weights import pairs_of, source
 room.overlap = attention.overlap = lambda device: {"OVERLAP": True, "launch_pdl": True}
 room.capability = lambda device: (9, 0)
@@ -287,23 +289,24 @@ for rows in (1, 8, 128):
     rotation = Rotation(turns, turns, where, where, cache, cache)
     for kind in ("", "int8", "fp8", "int4"):
         w = weight(kind)
-        norm = (new(1024), 1e-5) if products.norms(rows, w) else None
-        wide = products.is_wide(w) and rows >= LEAST_WIDE[kind]
-        blocks = products.blocks(rows, w, wide, True)
+        norm = (new(1024), 1e-5) if products.fuses_norm(rows, w) else None
+        sm90 = products.can_use_sm90(w) and rows >= LEAST_ROWS_SM90[kind]
+        blocks = products.blocks(rows, w, sm90, True)
         print("expected", shared_memory(source(w), 1024, blocks) if rows == 1 else 0)
-        products(new(rows, 1024), w, new(rows, 512), GATE, norm=norm, wide=wide)
-        if wide:
-            blocks = Wide(rows, 64, 128, 1, 5, 2) if rows == 8 else Wide(rows, 128, 64, 1, 4)
+        products(new(rows, 1024), w, new(rows, 512), GATE, norm=norm, sm90=sm90)
+        if sm90:
+            small, large = GemmSm90(rows, 64, 128, 1, 5, 2), GemmSm90(rows, 128, 64, 1, 4)
+            blocks = small if rows == 8 else large
             products(new(rows, 1024), w, new(rows, 512), GATE, blocks=blocks)
         if rows == 8:
             x = new(rows, 1024)
-            if wide:
-                products.parts(x, w)
+            if sm90:
+                products.partials(x, w)
             else:
                 products(x, w, new(rows, 4, 128), ROTATE, rotation=rotation)
     attend = DecodeAttention(rows, 4, 2, 128, device)
     attend(new(rows, 4, 128), cache, cache, where, where, new(rows, 4, 128), arranged=rows > 1)
-products.capability = (8, 0)  # but with the instructions of 9.0: the ring without the copy engine
+products.capability = (8, 0)  # but with the instructions of 9.0: stages filled without TMA
 for kind in ("", "int4"):
     products(new(1, 1024), weight(kind), new(1, 512), GATE, norm=(new(1024), 1e-5))
 """
@@ -311,18 +314,18 @@ for kind in ("", "int4"):
 
 def test_kernels_compile_for_compute_capability_9_without_a_gpu():
     """What the interpreter cannot show: each waits for what was launched before it, has products on
-    the tensor cores, and of a row, a ring that the copy engine fills, of the size that is known."""
+    the tensor cores, and of a row, stages that the copy engine fills, of the size that is known."""
     cubins.need_tools()
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, env=cubins.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     found = [(name, *map(int, numbers)) for name, *numbers in lines if name != "expected"]
-    some = ["some_rows"] * 2 + ["wide"] * 9
-    expected = ["stream"] * 4 + ["_attend"] + some + ["_attend"] + ["wide"] * 8 + ["_attend"]
-    assert [name for name, *_ in found] == [*expected, "stream", "stream"]
+    some = ["gemm"] * 2 + ["gemm_sm90"] * 9
+    expected = ["gemv"] * 4 + ["_attend"] + some + ["_attend"] + ["gemm_sm90"] * 8 + ["_attend"]
+    assert [name for name, *_ in found] == [*expected, "gemv", "gemv"]
     assert all(size > 1000 and waits >= 1 and mma >= 1 for _, size, _, waits, mma, *_ in found)
-    assert all(spilled <= 128 for name, *_, spilled in found if name == "wide"), found
+    assert all(spilled <= 128 for name, *_, spilled in found if name == "gemm_sm90"), found
     sizes = [int(numbers[0]) for name, *numbers in lines if name == "expected"][:4]
     for (_, _, memory, _, _, copies, _), size in zip(found[:4], sizes, strict=True):
         assert copies >= 2

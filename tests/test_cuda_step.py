@@ -17,11 +17,11 @@ from llama.cache import Batch
 from llama.cuda import launch
 from llama.cuda import step as steps
 from llama.cuda.attention import decode as attention
-from llama.cuda.products import dispatch as products
+from llama.cuda.products import dispatch
 from llama.cuda.runner import CapturedRunner
 from llama.cuda.step import FLIGHTS, CapturedStep, Row
 from llama.cuda.tuning import DecodeAttention as AttentionBlocks
-from llama.cuda.tuning import some_rows_blocks
+from llama.cuda.tuning import gemm_blocks
 from llama.engine import Engine
 from llama.engine.runner import PlainRunner
 from llama.model import Transformer
@@ -32,7 +32,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def small_blocks(rows, outputs, inputs, kind):
     """Many outputs for a program."""
-    return some_rows_blocks(rows, outputs, inputs, kind)._replace(block_n=64)
+    return gemm_blocks(rows, outputs, inputs, kind)._replace(block_n=64)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def few_programs(monkeypatch):
     if DEVICE.type == "cpu":
         blocks = AttentionBlocks(2, 16, 2, 4, ahead=16)
         monkeypatch.setattr(attention, "decode_attention_blocks", lambda *_: blocks)
-        monkeypatch.setattr(products, "some_rows_blocks", small_blocks)
+        monkeypatch.setattr(dispatch, "gemm_blocks", small_blocks)
 
 
 def small(seed=0, **changes):

@@ -22,14 +22,14 @@ from llama.cuda.products.dispatch import Products
 from llama.cuda.tuning import (
     MOST_ROWS,
     DecodeAttention,
-    SomeRows,
+    Gemm,
     Tiling,
     decode_attention_blocks,
     fitted_attention,
-    fitted_some_rows,
+    fitted_gemm,
     fitted_tiling,
-    some_rows_blocks,
-    wide_blocks,
+    gemm_blocks,
+    gemm_sm90_blocks,
 )
 from llama.engine import Engine
 from llama.loading.runners import runner_for
@@ -60,24 +60,24 @@ for name, target in t.TARGETS.items():
                     key = f"{name} {one.name}"
                     size = t.reckoned(target, one)
                     found[key] = max(found.get(key, 0), (size or 0) - target.shared)
-                    if one.name == "wide.wide":
+                    if one.name == "gemm_sm90.gemm_sm90":
                         assert target.capability == (9, 0), name
                     if target.capability < (9, 0):
-                        assert not one.named.get("OVERLAP") and not one.named.get("BULK"), one
+                        assert not one.named.get("OVERLAP") and not one.named.get("tma"), one
 print(json.dumps(found))
 """
 
 
 def test_no_kernel_is_asked_to_share_more_than_there_is():
-    """For every number of rows, on every kind of GPU, as reckoned; `slow` compiles them. wide.py
-    is for 9.0 alone; overlapped launches and bulk copies from 9.0 on."""
+    """For every number of rows, on every kind of GPU, as reckoned; `slow` compiles them.
+    gemm_sm90.py is for 9.0 alone; overlapped launches and bulk copies from 9.0 on."""
     some = [("8B", "bf16"), ("7B", "fp32"), ("heads of 256", "fp32"), ("heads of 100", "int4")]
     done = run("-c", RECKON, json.dumps(some))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     kernels = {name.split()[1] for name in found}
-    assert {"attention._attend", "prefill._attend", "tiles.some_rows", "stream.stream"} <= kernels
-    assert "9.0 wide.wide" in found
+    assert {"decode._attend", "prefill._attend", "gemm.gemm", "gemv.gemv"} <= kernels
+    assert "9.0 gemm_sm90.gemm_sm90" in found
     assert {name.split()[0] for name in found} == set(TARGETS)
     assert all(over <= 0 for over in found.values()), found
 
@@ -126,10 +126,10 @@ def products_of(shape):
 def test_an_h200_keeps_the_blocks_that_were_measured_on_it(shape):
     for rows in (1, 2, 3, 5, 8, 16, 32, 64, 128):
         for kind, most in MOST_ROWS.items():
-            for outputs, inputs in products_of(shape) if rows <= most and kind != "wide" else ():
-                blocks = some_rows_blocks(rows, outputs, inputs, kind)
+            for outputs, inputs in products_of(shape) if rows <= most else ():
+                blocks = gemm_blocks(rows, outputs, inputs, kind)
                 for group in (16, 32, 64, 128) if kind == "int4" else (0,):
-                    assert fitted_some_rows(blocks, kind, group, 2, **H200) == blocks
+                    assert fitted_gemm(blocks, kind, group, 2, **H200) == blocks
         size = 64 if shape == "1B" else 128
         for long in (False, True):
             blocks = decode_attention_blocks(rows, 8, long)
@@ -141,7 +141,7 @@ def test_the_blocks_that_were_measured():
     assert [decode_attention_blocks(r, 8, True) for r in (1, 8, 32, 128)] == [
         (16, 128, 3, 4, 128), (16, 128, 3, 4, 128), (32, 64, 4, 4, 64), (32, 64, 2, 4, 64),
     ]  # fmt: skip
-    some = [some_rows_blocks(8, *weight, "") for weight in products_of("8B")]
+    some = [gemm_blocks(8, *weight, "") for weight in products_of("8B")]
     assert some == [
         (16, 64, 128, 2, 3, 4), (16, 64, 128, 2, 6, 4), (16, 64, 128, 1, 4, 4),
         (16, 64, 128, 2, 6, 4), (16, 64, 128, 1, 4, 4),
@@ -156,19 +156,19 @@ def test_the_blocks_that_were_measured():
         for weight, pairs, (n, split, stages, programs) in zip(
             products_of("8B"), gated, expected, strict=True
         ):
-            blocks = wide_blocks(rows, *weight, kind, 132, pairs)
+            blocks = gemm_sm90_blocks(rows, *weight, kind, 132, pairs)
             assert blocks == (rows, n, 128 if kind else 64, split, stages, programs)
 
 
 def test_less_memory_means_fewer_stages_and_then_smaller_blocks():
-    blocks = SomeRows(16, 64, 128, 1, 6, 4)  # 20 KB a stage, one fewer in memory
-    assert fitted_some_rows(blocks, "", 0, 2, **SMALL).stages == 5
-    assert fitted_some_rows(blocks, "", 0, 4, **SMALL) == blocks._replace(block_k=64, stages=5)
-    tight = SomeRows(128, 64, 128, 1, 3, 4)
-    assert fitted_some_rows(tight, "", 0, 4, **SMALL) == tight._replace(block_k=64, stages=3)
-    assert fitted_some_rows(blocks, "", 0, 4, **H200) == blocks
-    assert fitted_some_rows(tight, "", 0, 4, (9, 0), 99 * 1024) == tight._replace(block_k=64)
-    grouped = fitted_some_rows(tight, "int4", 128, 4, **SMALL)  # a turn has whole groups
+    blocks = Gemm(16, 64, 128, 1, 6, 4)  # 20 KB a stage, one fewer in memory
+    assert fitted_gemm(blocks, "", 0, 2, **SMALL).stages == 5
+    assert fitted_gemm(blocks, "", 0, 4, **SMALL) == blocks._replace(block_k=64, stages=5)
+    tight = Gemm(128, 64, 128, 1, 3, 4)
+    assert fitted_gemm(tight, "", 0, 4, **SMALL) == tight._replace(block_k=64, stages=3)
+    assert fitted_gemm(blocks, "", 0, 4, **H200) == blocks
+    assert fitted_gemm(tight, "", 0, 4, (9, 0), 99 * 1024) == tight._replace(block_k=64)
+    grouped = fitted_gemm(tight, "int4", 128, 4, **SMALL)  # a K block has whole groups
     assert grouped == tight._replace(stages=2)
     eight = decode_attention_blocks(8, 8, True)
     assert eight.takes(4, 128, 2) > SMALL["shared"]
@@ -187,7 +187,7 @@ def test_less_memory_means_fewer_stages_and_then_smaller_blocks():
 
 def test_what_fits_nowhere_is_as_small_as_it_can_be():
     assert fitted_attention(DecodeAttention(8, 128, 3, 4), 4, 256, 4, (8, 0), 0).block == 16
-    small = fitted_some_rows(SomeRows(128, 64, 128, 1, 6, 4), "int4", 64, 2, (8, 0), 0)
+    small = fitted_gemm(Gemm(128, 64, 128, 1, 6, 4), "int4", 64, 2, (8, 0), 0)
     assert (small.block_n, small.block_k, small.stages) == (16, 64, 2)
 
 

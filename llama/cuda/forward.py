@@ -21,7 +21,7 @@ from llama.cache import Batch, KVCache
 from llama.cuda.attention.prefill import attend_prefill, tile_table, tiling
 from llama.cuda.launch import compile_together, on_its_device
 from llama.cuda.norm_rope_gate import rms_norm, rotate_and_store, silu_multiply
-from llama.cuda.products.unpack import Unpacked
+from llama.cuda.products.unpack import Dequantizer
 from llama.cuda.tuning import largest_power_of_two
 from llama.cuda.weights import Weight, pairs_of
 from llama.model import Transformer, TransformerBlock, attend_decode
@@ -151,7 +151,7 @@ class FlatForward:
         weight = model.norm.weight
         self.device = weight.device
         self.cut = tiling(args.head_dim, weight.dtype, weight.device)
-        self.numbers = Unpacked(self._largest(), weight.dtype, weight.device)
+        self.numbers = Dequantizer(self._largest(), weight.dtype, weight.device)
         self.compiled = weight.device.type != "cuda"
 
     def _largest(self) -> int:

@@ -89,7 +89,7 @@ class Chosen(NamedTuple):
 
 
 @triton.jit
-def _begin(  # type: ignore[no-untyped-def]
+def _begin(
     rows, embedding, freqs, begun, T, D: tl.constexpr, HALF: tl.constexpr, D_PAD: tl.constexpr,
     HALF_PAD: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def _begin(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["n"])
-def _advance(  # type: ignore[no-untyped-def]
+def _advance(
     chosen, results, steps, rows, stride, n, T, S: tl.constexpr, R_PAD: tl.constexpr,
     FLIGHTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip

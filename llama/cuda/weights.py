@@ -1,7 +1,7 @@
 """How kernels read a weight: as plain numbers, or packed in one of the ways of packed.py.
 
-Knows no product. The surprising thing: scale and offset of int4, two bfloat16 side by side, are
-read as one int32.
+This file knows no product. The surprising thing: scale and offset of int4, two bfloat16 side by
+side, are read as one int32.
 
 Letters: N outputs, K inputs, G of a group, D numbers of a table's row.
 """
@@ -21,16 +21,16 @@ _KINDS = {"int8": INT8, "fp8": FP8, "int4": INT4}
 
 
 class Source(NamedTuple):
-    """A weight as kernels get it; scale: of each row, or the pairs of groups as words."""
+    """A weight as kernels get it."""
 
     weight: Tensor
-    scale: Tensor
-    kind: tl.constexpr
-    group: int
+    scale: Tensor  # of each row, or the pairs of groups as words
+    kind: tl.constexpr  # PLAIN, INT8, FP8 or INT4
+    group: int  # inputs of a group of int4
 
 
 def kind_of(weight: Weight) -> str:
-    """Its name in the tables of tuning.py: "" of plain numbers."""
+    """The name of its kind in the tables of tuning.py: "" for plain numbers."""
     return weight.format.kind if isinstance(weight, Packed) else ""
 
 
@@ -45,7 +45,8 @@ def source(weight: Weight) -> Source:
 
 
 def pairs_of(weight: Packed) -> Tensor:
-    """Scale and offset of each group of int4, side by side: (N, K/G, 2), a view if they lie so."""
+    """Return scale and offset of each group of int4 side by side: (N, K/G, 2), a view if they lie
+    so."""
     scale, offset = weight.scale.detach(), weight.offset
     assert offset is not None, weight.format
     rows, groups = scale.shape
@@ -56,16 +57,16 @@ def pairs_of(weight: Packed) -> Tensor:
 
 
 @triton.jit
-def scale_and_offset(pair):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN201
-    """Of a group, in float32."""
+def scale_and_offset(pair):
+    """Return the scale and the offset of a pair, in float32."""
     return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def table_row(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    table, scale, row, d, D: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr  # noqa: ANN001
+def table_row(
+    table, scale, row, d, D: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """Numbers d of a table's row: plain ones in its dtype, packed ones in float32."""
+    """Load numbers d of a table's row: plain ones in its dtype, packed ones in float32."""
     if KIND == PLAIN:
         return tl.load(table + row * D + d, mask=d < D)
     elif KIND == INT4:

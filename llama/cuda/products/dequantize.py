@@ -1,11 +1,9 @@
-"""Bytes to numbers, and numbers to bytes, several in an instruction; in the interpreter one by one.
+"""Bytes become numbers, and numbers bytes, several in an instruction; one by one when interpreted.
 
-Knows numbers only. The surprising thing: hardly any is converted. The bits of a small whole number
-become the last ones of a float's fraction, and what that adds is subtracted, which is exact.
+This file knows no layout and no scale of a row. The surprising thing: hardly any is converted. The
+bits of a small whole number become the last ones of a float's fraction, and what that adds is
+subtracted, which is exact.
 """
-
-# ruff: noqa: ANN001, ANN201 (arguments of kernels have no types in Python)
-# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
@@ -18,7 +16,7 @@ INTERPRETED = tl.constexpr(_INTERPRETED)
 
 @triton.jit
 def halves_of_bytes(x):
-    """The low and the high halves of bytes, 0 to 15, as int8: (..., 2)."""
+    """Return the low and the high halves of bytes, 0 to 15, as int8: (..., 2)."""
     if INTERPRETED:
         low, high = (x & 15).to(tl.int8), (x >> 4).to(tl.int8)
     else:
@@ -31,7 +29,7 @@ def halves_of_bytes(x):
 
 @triton.jit
 def floats_of_bytes(x):
-    """e4m3 in bytes as float16."""
+    """Return the float16 of bytes that hold e4m3."""
     if INTERPRETED:
         bits = (x.to(tl.int32) & 0x80) << 24 | (x.to(tl.int32) & 0x7F) << 20
         y = (bits.to(tl.float32, bitcast=True) * 2.0**120).to(tl.float16)
@@ -50,8 +48,8 @@ def floats_of_bytes(x):
 
 @triton.jit
 def digits_of(x, factor):
-    """The three digits, -128 to 127, the last one first, of x * factor to the nearest whole number,
-    which is at most 2^22; as int8."""
+    """Return as int8 the three digits, -128 to 127, the last one first, of x * factor, rounded to
+    a whole number, which is at most 2^22."""
     if INTERPRETED:
         n = (x * factor + 12582912.0).to(tl.int32, bitcast=True) - (0x4B400000 - 0x808080)
         a, b, c = (n ^ 128).to(tl.int8), (n >> 8 ^ 128).to(tl.int8), (n >> 16 ^ 128).to(tl.int8)
@@ -89,7 +87,7 @@ def digits_of(x, factor):
 
 @triton.jit
 def bfloats_of_bytes(x, KIND: tl.constexpr):
-    """int8 or e4m3 in bytes, not scaled."""
+    """Return the numbers of bytes that hold int8 or e4m3, not scaled."""
     if INTERPRETED:
         y = x.to(tl.float16) if KIND == INT8 else floats_of_bytes(x)
     elif KIND == INT8:  # 128 + the low seven bits, minus 128, or 256 where the sign is set
@@ -132,7 +130,8 @@ def bfloats_of_bytes(x, KIND: tl.constexpr):
 
 @triton.jit
 def bfloats_of_nibbles(x, pair):
-    """The halves q of bytes as q * scale + offset of the pair (int32) of each byte: (..., 2)."""
+    """Return q * scale + offset of the halves q of bytes, with the pair (int32) of each byte:
+    (..., 2)."""
     if INTERPRETED:
         s, o = scale_and_offset(pair)
         low = ((x & 15).to(tl.float32) * s + o).to(tl.float16)

@@ -1,11 +1,14 @@
 """Products of a few rows on the tensor cores, of weights as they lie: plain, int8, fp8 or int4.
 
-What there is where neither stream.py nor wide.py serves: a few rows with plain weights, any rows in
-float32, other GPUs than Hopper. The surprising thing: the halves of int4's bytes are two tiles,
-each multiplied by the inputs that are its own, so no tile is put in order.
+This kernel serves where neither gemv.py nor gemm_sm90.py does: a few rows with plain weights, any
+rows in float32, other GPUs than Hopper. It leaves the pipeline of its loads to Triton. The
+surprising thing: the halves of int4's bytes are two tiles, each multiplied by the inputs that are
+its own, so no tile is put in order.
 
-Letters: N outputs, K inputs, RP rows as the tensor cores see them, G of a group.
+Letters: N outputs, K inputs, RP rows as the tensor cores see them, G inputs of a group of int4.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,8 +18,19 @@ from llama.cuda.products.epilogues import GATE, ROTATE, finish, output_row
 from llama.cuda.weights import FP8, INT4, INT8, scale_and_offset
 
 
+class _Tile(NamedTuple):
+    """What a program multiplies."""
+
+    n: Any  # (BLOCK_N,) rows of the weight
+    real: Any  # (BLOCK_N, 1) whether there are such outputs
+    r: Any  # (RP,) rows of the inputs
+    rows: Any  # of which there are so many
+    begin: Any  # the first one of its inputs
+    end: Any  # and the one behind the last
+
+
 @triton.jit
-def _inside(c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+def _inside(c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Which columns of a tile that begins at `start` are in the row: one answer, or one each."""
     if K % BLOCK_K == 0:
         return start + tl.zeros_like(c) < K
@@ -24,27 +38,25 @@ def _inside(c, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def _of_groups(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    at, row, real, begin, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr  # noqa: ANN001
-):  # fmt: skip
-    """Scales and offsets (BLOCK_N, BLOCK_K / G) of a tile of int4."""
+def _load_scales(pairs, tile, begin, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """Scales and offsets (BLOCK_N, BLOCK_K / G) of a K block of int4 that starts at `begin`."""
     g = tl.arange(0, BLOCK_K // GROUP)
-    here = real & _inside(g, begin // GROUP, K // GROUP, BLOCK_K // GROUP)[None, :]
-    at += row[:, None] * (K // GROUP) + begin // GROUP + g[None, :]
+    here = tile.real & _inside(g, begin // GROUP, K // GROUP, BLOCK_K // GROUP)[None, :]
+    at = pairs + (tile.n[:, None] * (K // GROUP) + begin // GROUP + g[None, :])
     return scale_and_offset(tl.load(at, mask=here, other=0))
 
 
 @triton.jit
-def _spread(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+def _spread(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
     """A number of each group, (BLOCK_N, BLOCK_K / G), for each byte, (BLOCK_N, BLOCK_K / 2)."""
     each = tl.broadcast_to(x[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP // 2))
     return tl.reshape(each, (BLOCK_N, BLOCK_K // 2))
 
 
 @triton.jit
-def _nibbles(tile, s, o):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
+def _dequantize_nibbles(packed, s, o):
     """The numbers of the low and of the high halves of bytes, in float32."""
-    bits = tile.to(tl.int32)
+    bits = packed.to(tl.int32)
     o -= 16.0 * s  # a nibble as the first bits of a float's fraction says 16 + q
     low = ((bits << 19) & 0x780000 | 0x41800000).to(tl.float32, bitcast=True)
     high = ((bits << 15) & 0x780000 | 0x41800000).to(tl.float32, bitcast=True)
@@ -52,116 +64,126 @@ def _nibbles(tile, s, o):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
 
 
 @triton.jit
-def _inputs(x, r, rows, c, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN202
-    """Inputs c of rows r: (len(c), RP)."""
-    here = (r < rows)[None, :]
+def _load_inputs(x, tile, c, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Inputs c of the tile's rows: (len(c), RP)."""
+    here = (tile.r < tile.rows)[None, :]
     if K % BLOCK_K:
         here = here & (c < K)[:, None]
-    return tl.load(x + r[None, :] * K + c[:, None], mask=here, other=0.0)
+    return tl.load(x + tile.r[None, :] * K + c[:, None], mask=here, other=0.0)
 
 
 @triton.jit
-def _by_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    x, w, r, rows, row, real, begin, end, K: tl.constexpr, RP: tl.constexpr,  # noqa: ANN001
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Inputs begin to end of rows r times plain or unscaled weights: (BLOCK_N, RP)."""
-    at = w + row[:, None] * K
+def _multiply(x, w, tile, K: tl.constexpr, BLOCKS: tl.constexpr, OVERLAP: tl.constexpr):
+    """The product (BLOCK_N, RP) of a tile's inputs with plain weights, or with unscaled ones."""
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    BLOCK_K: tl.constexpr = BLOCKS.block_k
+    RP: tl.constexpr = BLOCKS.padded
+    at = w + tile.n[:, None] * K
     wait(OVERLAP)
-    y = tl.zeros((BLOCK_N, RP), tl.float32)
-    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+    acc = tl.zeros((BLOCK_N, RP), tl.float32)
+    for start in tl.range(tile.begin, tile.end, BLOCK_K, num_stages=BLOCKS.stages):
         c = start + tl.arange(0, BLOCK_K)
-        here = real
+        here = tile.real
         if K % BLOCK_K:
             here = here & (c < K)[None, :]
-        tile = tl.load(at + c[None, :], mask=here, other=0.0, eviction_policy="evict_first")
-        xs = _inputs(x, r, rows, c, K, BLOCK_K)
-        if tile.dtype == tl.float8e4nv:
-            tile = tile.to(tl.float32)  # not by way of the slow unit for conversions
-        y = tl.dot(tile.to(xs.dtype), xs, y, input_precision="ieee")
-    return y
+        a = tl.load(at + c[None, :], mask=here, other=0.0, eviction_policy="evict_first")
+        b = _load_inputs(x, tile, c, K, BLOCK_K)
+        if a.dtype == tl.float8e4nv:
+            a = a.to(tl.float32)  # not by way of the slow unit for conversions
+        acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
-def _by_group(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    x, w, pairs, r, rows, row, real, begin, end, K: tl.constexpr, RP: tl.constexpr,  # noqa: ANN001
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+def _multiply_int4(
+    x, w, pairs, tile, K: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The same of int4: low halves of bytes and high halves, each with their inputs. Scales, too
-    small to be brought to shared memory while a tile is worked on, are loaded one tile ahead."""
+    """The product (BLOCK_N, RP) with int4: low halves of bytes and high halves, each with their
+    inputs. Scales are too small to be loaded to shared memory while a K block is worked on; those
+    of the next K block are loaded to registers."""
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    BLOCK_K: tl.constexpr = BLOCKS.block_k
+    RP: tl.constexpr = BLOCKS.padded
     HALF: tl.constexpr = GROUP // 2
-    at = w + row[:, None] * (K // 2)
-    s, o = _of_groups(pairs, row, real, begin, K, BLOCK_K, GROUP)
+    at = w + tile.n[:, None] * (K // 2)
+    s, o = _load_scales(pairs, tile, tile.begin, K, BLOCK_K, GROUP)
     wait(OVERLAP)
-    y = tl.zeros((BLOCK_N, RP), tl.float32)
+    acc = tl.zeros((BLOCK_N, RP), tl.float32)
     byte = tl.arange(0, BLOCK_K // 2)
     low = byte // HALF * GROUP + byte % HALF  # the input of its low half
-    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+    for start in tl.range(tile.begin, tile.end, BLOCK_K, num_stages=BLOCKS.stages):
         b, c = start // 2 + byte, start + low
-        here = real
+        here = tile.real
         if K % BLOCK_K:
             here = here & (b < K // 2)[None, :]
-        tile = tl.load(at + b[None, :], mask=here, other=0, eviction_policy="evict_first")
-        lows = _inputs(x, r, rows, c, K, BLOCK_K)
-        highs = _inputs(x, r, rows, c + HALF, K, BLOCK_K)
-        first, second = _nibbles(
-            tile, _spread(s, BLOCK_N, BLOCK_K, GROUP), _spread(o, BLOCK_N, BLOCK_K, GROUP)
+        packed = tl.load(at + b[None, :], mask=here, other=0, eviction_policy="evict_first")
+        lows = _load_inputs(x, tile, c, K, BLOCK_K)
+        highs = _load_inputs(x, tile, c + HALF, K, BLOCK_K)
+        first, second = _dequantize_nibbles(
+            packed, _spread(s, BLOCK_N, BLOCK_K, GROUP), _spread(o, BLOCK_N, BLOCK_K, GROUP)
         )
-        y = tl.dot(first.to(lows.dtype), lows, y, input_precision="ieee")
-        y = tl.dot(second.to(highs.dtype), highs, y, input_precision="ieee")
-        s, o = _of_groups(pairs, row, real, start + BLOCK_K, K, BLOCK_K, GROUP)
-    return y
+        acc = tl.dot(first.to(lows.dtype), lows, acc, input_precision="ieee")
+        acc = tl.dot(second.to(highs.dtype), highs, acc, input_precision="ieee")
+        s, o = _load_scales(pairs, tile, start + BLOCK_K, K, BLOCK_K, GROUP)
+    return acc
 
 
 @triton.jit
-def some_rows(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    x, w, scale, rows, n_outputs, out, partial, arrived, cos, sin, slots, positions, k, v, T,  # noqa: ANN001
-    K: tl.constexpr, RP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
-    EPILOGUE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N outputs of RP rows over a SPLIT-th of the inputs; the last one to come adds up.
+def _add_partials(acc, split_k, split, cell, SPLIT: tl.constexpr, SIZE: tl.constexpr):
+    """Leave a program's sums (SIZE numbers) as partials; the last one to arrive gets the sum of
+    all, in the order of the splits, and so always the same. Returns whether it is the last one, and
+    its sum."""
+    tile = tl.program_id(0)
+    mine = split_k.partials + (tile * SPLIT + split).to(tl.int64) * SIZE
+    tl.store(mine + cell, acc)
+    tl.debug_barrier()
+    last = tl.atomic_add(split_k.arrived + tile, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        tl.store(split_k.arrived + tile, 0)
+        acc = tl.zeros_like(acc)
+        theirs = split_k.partials + (tile * SPLIT).to(tl.int64) * SIZE
+        for i in tl.static_range(SPLIT):
+            acc += tl.load(theirs + i * SIZE + cell, cache_modifier=".cg")
+    return last, acc
 
-    The sum over splits is made in their order, whoever comes last, so it is always the same.
+
+@triton.jit
+def gemm(
+    x, w, scale, rows, to, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr, EPILOGUE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Multiply RP rows with BLOCK_N outputs over a split of the inputs, and finish the outputs.
+
+    x (rows, K) and w (N, K) are numbers or packed bytes, `scale` those of rows or the pairs of
+    int4, `to` is a Destination; BLOCKS are tuning.Gemm, EPILOGUE is an Epilogue.
     """
-    first, part = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    RP: tl.constexpr = BLOCKS.padded
+    SPLIT: tl.constexpr = BLOCKS.split
+    GATED: tl.constexpr = EPILOGUE.op == GATE
+    first, split = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     j = first + tl.arange(0, BLOCK_N)
     r = tl.arange(0, RP)
-    n = output_row(j, n_outputs, EPILOGUE == GATE).to(tl.int64)
-    SPAN: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
-    begin = part * SPAN
-    end = min(begin + SPAN, K)
+    n = output_row(j, to.n_outputs, GATED).to(tl.int64)
+    SPAN: tl.constexpr = (K + BLOCKS.block_k * SPLIT - 1) // (BLOCKS.block_k * SPLIT)
+    begin = split * (SPAN * BLOCKS.block_k)
+    end = min(begin + SPAN * BLOCKS.block_k, K)
+    tile = _Tile(n, (j < to.n_outputs)[:, None], r, rows, begin, end)
     if KIND == INT4:
-        y = _by_group(
-            x, w, scale, r, rows, n, (j < n_outputs)[:, None], begin, end, K, RP, BLOCK_N, BLOCK_K,
-            GROUP, STAGES, OVERLAP,
-        )  # fmt: skip
+        acc = _multiply_int4(x, w, scale, tile, K, GROUP, BLOCKS, OVERLAP)
     else:
-        y = _by_row(
-            x, w, r, rows, n, (j < n_outputs)[:, None], begin, end, K, RP, BLOCK_N, BLOCK_K, STAGES,
-            OVERLAP,
-        )  # fmt: skip
+        acc = _multiply(x, w, tile, K, BLOCKS, OVERLAP)
     allow(OVERLAP)
     last = True
     if SPLIT > 1:
         cell = tl.arange(0, BLOCK_N)[:, None] * RP + r[None, :]
-        mine = partial + (tl.program_id(0) * SPLIT + part).to(tl.int64) * (BLOCK_N * RP)
-        tl.store(mine + cell, y)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == SPLIT - 1
-        if last:
-            tl.store(arrived + tl.program_id(0), 0)
-            y = tl.zeros((BLOCK_N, RP), tl.float32)
-            theirs = partial + (tl.program_id(0) * SPLIT).to(tl.int64) * (BLOCK_N * RP)
-            for i in tl.static_range(SPLIT):
-                y += tl.load(theirs + i * (BLOCK_N * RP) + cell, cache_modifier=".cg")
+        last, acc = _add_partials(acc, to.split_k, split, cell, SPLIT, BLOCK_N * RP)
     if last:
-        if KIND == INT8 or KIND == FP8:  # noqa: SIM109 (Triton)
-            y *= tl.load(scale + n, mask=j < n_outputs, other=0.0)[:, None]
-        each: tl.constexpr = 2 if EPILOGUE == GATE or EPILOGUE == ROTATE else 1  # noqa: SIM109
+        if KIND == INT8 or KIND == FP8:
+            acc *= tl.load(scale + n, mask=j < to.n_outputs, other=0.0)[:, None]
+        EACH: tl.constexpr = 2 if GATED or EPILOGUE.op == ROTATE else 1
         finish(
-            y, first // each + tl.arange(0, BLOCK_N // each)[:, None], r[None, :], rows, n_outputs,
-            out, cos, sin, slots, positions, k, v, T, EPILOGUE, BLOCK_N, RP, HEADS, KV_HEADS, E,
+            acc, first // EACH + tl.arange(0, BLOCK_N // EACH)[:, None], r[None, :], rows, to,
+            EPILOGUE, BLOCK_N, RP,
         )  # fmt: skip

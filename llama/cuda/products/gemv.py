@@ -1,317 +1,326 @@
-"""Products of a single row, at the speed of memory: weights stream through a ring in shared memory.
+"""Products of a single row (gemv), at the speed of memory.
 
-One program a multiprocessor, or two, each with every so-many-th tile of the outputs. What a program
-will read is on its way long before it is needed, across tiles, and while the kernel before this one
-still runs: weights depend on nothing. A thread takes some bytes from the ring, makes them numbers
-where they are, and hands them to the tensor cores: int8 and int4 as whole numbers, with the row cut
-into three planes of int8, which fill columns that a single row leaves empty.
+One program a multiprocessor, or two, each with every so-many-th tile of the outputs. The stages of
+a pipeline in shared memory hold K blocks of weights. What a program will read is on its way long
+before it is needed, across tiles, and while the kernel before this one still runs: weights depend
+on nothing. A thread takes some bytes from a stage, dequantizes them in its registers, and hands
+them to the tensor cores: int8 and int4 as whole numbers, with the row cut into three planes of
+int8, which fill columns that a single row leaves empty.
 
-The surprising thing is why no number moves between threads: a sum may be taken in any order, so
-inputs and outputs are numbered by where the tensor cores want them, and weights lie as they lie.
-Gluon checks that: a conversion of layouts that is not trivial is an error.
+The surprising thing is that no number moves between threads; gemv_layouts.py says why, and Gluon
+checks it: a conversion of layouts that is not trivial is an error.
 
-Letters: N outputs, K inputs, W warps; a turn is what all warps multiply between two barriers, in R
-runs of inputs, RUNS a warp; H halves of the weight, two where w1 lies above w3. The bits of an
-input's number within a run, from the last one on, are p or b within a word, j and i which word, t
-which of four threads side by side; eight such fours have eight outputs.
+Letters: N outputs of a tile, K inputs, W warps, S K slices of a K block (`GemvShape`).
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202 (arguments of kernels have no types in Python)
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from typing import Any, NamedTuple
 
-import triton
 import triton.language as tl
 
 from llama.cuda.launch import allow, wait
 from llama.cuda.products.dequantize import digits_of, floats_of_bytes, halves_of_bytes
-from llama.cuda.products.epilogues import GATE, finish, half_row, numbered
+from llama.cuda.products.epilogues import finish, half_row, output_indices
+from llama.cuda.products.gemv_layouts import (
+    bits_of,
+    columns_layout,
+    copy_layout,
+    inputs_layout,
+    inputs_order,
+    mma_layout,
+    outputs_layout,
+    padded_span,
+    pairs_layout,
+    partials_layout,
+    plain_memory,
+    planes_memory,
+    planes_of,
+    stages_memory,
+    sums_layout,
+    weights_layout,
+    weights_order,
+)
 from llama.cuda.products.gluon import (
-    as_rows,
     barrier,
     commit_group,
-    constexpr_function,
-    copy_numbers,
-    copy_tile,
+    cp_async,
     gl,
     jit,
     mbarrier,
     mma_v2,
-    next_slot,
-    powers,
-    tiles_memory,
+    next_stage,
+    reinterpret,
+    tma_load,
     wait_group,
 )
-from llama.cuda.tuning import Stream
-from llama.cuda.weights import FP8, INT4, INT8, PLAIN, Source, scale_and_offset
+from llama.cuda.weights import FP8, INT4, INT8, PLAIN, scale_and_offset
 
 LARGEST = tl.constexpr(2.0**22 - 1)  # of a row in whole numbers: three digits of 256 hold it
 MAGIC, MAGIC_BITS = tl.constexpr(1.5 * 2.0**23), tl.constexpr(0x4B400000)  # + n: n is its last bits
 
 
-# ---- where numbers lie
+class Norm(NamedTuple):
+    """The RMSNorm of the inputs, as one argument of the kernel."""
+
+    gain: Any
+    eps: Any
 
 
-@constexpr_function
-def bits_of(kind, group):
-    """What the bits of an input's number within a run say, from the last one on."""
-    if kind == 0:  # PLAIN
-        return ("p", "j", "i0", "t0", "t1")
-    if kind == 2:  # FP8
-        return ("p", "j", "i0", "i1", "t0", "t1")
-    if kind == 1:  # INT8
-        return ("b0", "b1", "j", "i0", "t0", "t1")
-    of_group = {  # INT4: the last one is which half of a byte
-        32: ("b0", "b1", "t0", "t1", "j"),
-        64: ("b0", "b1", "j", "t0", "t1", "i0"),
-        128: ("b0", "b1", "j", "i0", "t0", "t1", "i1"),
-    }
-    return of_group[group]
+class _Weight(NamedTuple):
+    """The matrix that is read."""
+
+    w: Any  # pointers to numbers or packed bytes, or a descriptor of TMA
+    scale: Any  # the same of the pairs of int4; pointers to the scales of rows
+    n_outputs: Any
+    tiles: Any
 
 
-@constexpr_function
-def _places(bits, lie):
-    """Where the bits are in `lie`, in the order in which the tensor cores want them."""
-    wanted = [bit for bit in ("i1", "i0", "j", "t1", "t0", "p", "b1", "b0") if bit in bits]
-    return [lie.index(bit) for bit in wanted]
+class _Pipeline(NamedTuple):
+    """The stages in shared memory."""
+
+    w: Any  # (STAGES, H, N / H, columns)
+    pairs: Any  # (STAGES, H, N / H, S), if the weight is int4
+    full: Any  # barriers at which the bytes arrive that TMA loads
 
 
-@constexpr_function
-def weights_order(bits, int4):
-    """From (N / 8, 2, 2, 2, R, bits as they lie) to (R, N / 8, 2, 2, 2, bits)."""
-    lie = bits[::-1]
-    if int4:
-        lie = (*lie[1:], lie[0])
-    return tl.constexpr([4, 0, 3, 2, 1, *(5 + place for place in _places(bits, lie))])
+class _Share(NamedTuple):
+    """What a program computes."""
+
+    first: Any  # its first tile
+    programs: Any  # and how many tiles lie between two of its own
+    split: Any  # which part of the inputs
 
 
-@constexpr_function
-def inputs_order(bits):
-    """From (planes, R, bits as they lie) to (R, bits, planes)."""
-    return tl.constexpr([1, *(2 + place for place in _places(bits, bits[::-1])), 0])
+# ---- the pipeline
 
 
-@constexpr_function
-def number_of(kind, plain):
-    """What the ring holds."""
-    return plain if kind == 0 else gl.int8 if kind == 1 else gl.uint8
-
-
-@constexpr_function
-def planes_of(kind):
-    """Planes of a row: of int8 and int4 three with its digits, and an empty one."""
-    return 4 if kind in (1, 3) else 1
-
-
-@constexpr_function
-def room_for(part, turn):
-    return max(triton.next_power_of_2(part), turn)
-
-
-@constexpr_function
-def copy_layout(columns, vector, warps):
-    """(H, N / H, columns), up to `vector` numbers of a row a thread."""
-    vector = min(vector, columns)
-    across = min(32, columns // vector)
-    return gl.BlockedLayout([1, 1, vector], [1, 32 // across, across], [1, warps, 1], [2, 1, 0])
-
-
-@constexpr_function
-def ring_memory(columns, bits, bulk):
-    """(H, N / H, columns): the 16-byte words of 128 bytes change places, another way a row."""
-    if bulk:
-        return tiles_memory(columns, bits)
-    wide = min(128, columns * bits // 8)
-    return gl.SwizzledSharedLayout(128 // bits, 128 // wide, wide // 16, [2, 1, 0])
-
-
-@constexpr_function
-def planes_memory(run, rank):
-    """(..., planes, inputs), planes in different banks; `run` bytes are read side by side."""
-    wide = min(128, run)
-    return gl.SwizzledSharedLayout(wide, 1, 128 // wide, [2, 1, 0][3 - rank :])
-
-
-@constexpr_function
-def memory(rank):
-    """As it is."""
-    return gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0][3 - rank :])
-
-
-@constexpr_function
-def weights_layout(halves, block_n, each, runs, warps):
-    """(H, N / H, R * 4 * each), `each` numbers side by side a thread. Eight rows go to the eight
-    fours of threads as 0, 4, 2, 6, 1, 5, 3, 7, so that no bank of memory is asked twice."""
-    regs = [[0, 0, n] for n in powers(1, each)]
-    regs += [[0, 0, n] for n in powers(4 * each * warps, runs // warps)]
-    regs += [[0, n, 0] for n in powers(8, block_n // halves // 8)]
-    regs += [[1, 0, 0]] if halves == 2 else []
-    lanes = [[0, 0, each], [0, 0, 2 * each], [0, 4, 0], [0, 2, 0], [0, 1, 0]]
-    parts = [[0, 0, n] for n in powers(4 * each, warps)]
-    shape = [halves, block_n // halves, 4 * each * runs]
-    return gl.DistributedLinearLayout(regs, lanes, parts, [], shape)
-
-
-@constexpr_function
-def pairs_layout(halves, block_n, runs, warps):
-    """(H, N / H, R), a pair of scale and offset for each run, in the threads that have its rows."""
-    regs = [[0, 0, n] for n in powers(warps, runs // warps)]
-    regs += [[0, n, 0] for n in powers(8, block_n // halves // 8)]
-    regs += [[1, 0, 0]] if halves == 2 else []
-    lanes = [[0, 0, 0], [0, 0, 0], [0, 4, 0], [0, 2, 0], [0, 1, 0]]
-    parts = [[0, 0, n] for n in powers(1, warps)]
-    return gl.DistributedLinearLayout(regs, lanes, parts, [], [halves, block_n // halves, runs])
-
-
-@constexpr_function
-def inputs_layout(planes, bits, runs, warps):
-    """(planes, R * run): threads have the inputs of their weights; one plane for all, or four."""
-    run = 1 << len(bits)
-    regs = [[0, 1 << i] for i, bit in enumerate(bits) if bit[0] != "t"]
-    regs += [[0, n] for n in powers(run * warps, runs // warps)]
-    lanes = [[0, 1 << bits.index(t)] for t in ("t0", "t1")]
-    lanes += [[1, 0], [2, 0], [0, 0]] if planes == 4 else [[0, 0]] * 3
-    parts = [[0, n] for n in powers(run, warps)]
-    return gl.DistributedLinearLayout(regs, lanes, parts, [], [planes, run * runs])
-
-
-@constexpr_function
-def columns_layout(planes, bits, runs, warps):
-    """(R, run, 8 / planes, planes), as the tensor cores want a matrix of eight columns."""
-    run, low = 1 << len(bits), 2 if "b0" in bits else 1
-    regs = [[0, 1 << i, 0, 0] for i in range(len(bits)) if not low <= i < low + 2]
-    regs += [[n, 0, 0, 0] for n in powers(warps, runs // warps)]
-    lanes = [[0, 1 << low, 0, 0], [0, 2 << low, 0, 0]]
-    lanes += [[0, 0, 0, n] for n in powers(1, planes)]
-    lanes += [[0, 0, n, 0] for n in powers(1, 8 // planes)]
-    parts = [[n, 0, 0, 0] for n in powers(1, warps)]
-    return gl.DistributedLinearLayout(regs, lanes, parts, [], [runs, run, 8 // planes, planes])
-
-
-@constexpr_function
-def sums_layout(block_n, runs, warps):
-    """(R, N / 16, 16, 8), as the tensor cores have sums."""
-    regs = [[0, 0, 0, 1], [0, 0, 8, 0]]
-    regs += [[0, n, 0, 0] for n in powers(1, block_n // 16)]
-    regs += [[n, 0, 0, 0] for n in powers(warps, runs // warps)]
-    lanes = [[0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
-    parts = [[n, 0, 0, 0] for n in powers(1, warps)]
-    return gl.DistributedLinearLayout(regs, lanes, parts, [], [runs, block_n // 16, 16, 8])
-
-
-@constexpr_function
-def parts_layout(block_n, runs, warps):
-    """(RUNS, W, N): those sums when their columns have been added."""
-    regs = [[0, 0, n] for n in powers(8, block_n // 8)]
-    regs += [[n, 0, 0] for n in powers(1, runs // warps)]
-    lanes = [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
-    parts = [[0, n, 0] for n in powers(1, warps)]
-    return gl.DistributedLinearLayout(regs, lanes, parts, [], [runs // warps, warps, block_n])
-
-
-@constexpr_function
-def outputs_layout(halves, block_n, warps):
-    """(W, N): the parts of all warps, and pairs of outputs, in one thread."""
-    pair = block_n // 2 if halves == 2 else 4  # the bit of a row that says which of a pair
-    rows, none = [[0, n] for n in powers(1, block_n) if n != pair], [[0, 0]] * 5
-    regs = [[n, 0] for n in powers(1, warps)] + [[0, pair]]
-    parts = (rows[5:] + none)[: warps.bit_length() - 1]
-    return gl.DistributedLinearLayout(regs, (rows + none)[:5], parts, [], [warps, block_n])
-
-
-# ---- the ring
+@jit
+def _allocate(DTYPE: tl.constexpr, SHAPE: tl.constexpr):
+    """The pipeline, and memory for the sums (W, N) of all warps."""
+    KIND: tl.constexpr = SHAPE.kind
+    STAGES: tl.constexpr = SHAPE.stages
+    H: tl.constexpr = SHAPE.halves
+    N: tl.constexpr = SHAPE.block_n // H
+    NUMBER: tl.constexpr = DTYPE if KIND == PLAIN else gl.int8 if KIND == INT8 else gl.uint8
+    LAYOUT: tl.constexpr = stages_memory(SHAPE.columns, 16 if KIND == PLAIN else 8, SHAPE.tma)
+    w = gl.allocate_shared_memory(NUMBER, [STAGES, H, N, SHAPE.columns], LAYOUT)
+    pairs, full = w, w
+    if KIND == INT4:
+        PAIRS: tl.constexpr = stages_memory(SHAPE.slices, 32, SHAPE.tma)
+        pairs = gl.allocate_shared_memory(gl.int32, [STAGES, H, N, SHAPE.slices], PAIRS)
+    sums = gl.allocate_shared_memory(gl.float32, [SHAPE.warps, SHAPE.block_n], plain_memory(2))
+    if SHAPE.tma:
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(full.index(i), count=1)
+    return _Pipeline(w, pairs, full), sums
 
 
 @jit
 def _copy(
-    ring, slot, ready, w, tile, turn, tiles, n_outputs, ROW: tl.constexpr, H: tl.constexpr,
-    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr, W: tl.constexpr,
-    BULK: tl.constexpr,
+    memory, full, stage, matrix, tile, k_block, weight, ROW: tl.constexpr, COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """Begin to copy a turn of a tile, of rows of ROW numbers, to a slot; zeros elsewhere."""
-    ROWS: tl.constexpr = BLOCK_N // H
-    if BULK:
-        at = [0, tile * ROWS, turn * COLUMNS]
-        copy_tile(w, at, ready.index(slot), ring.index(slot), tile < tiles)
+    """Begin to copy COLUMNS of a tile's rows of ROW numbers to a stage; zeros behind the end."""
+    H: tl.constexpr = SHAPE.halves
+    N: tl.constexpr = SHAPE.block_n // H
+    if SHAPE.tma:
+        at = [0, tile * N, k_block * COLUMNS]
+        tma_load(matrix, at, full.index(stage), memory.index(stage), tile < weight.tiles)
     else:
-        LAYOUT: tl.constexpr = copy_layout(COLUMNS, VECTOR, W)
+        LAYOUT: tl.constexpr = copy_layout(COLUMNS, VECTOR, SHAPE.warps)
         h = gl.arange(0, H, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-        j = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+        j = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
         c = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-        n = h * (n_outputs // H) + gl.minimum(tile * ROWS + j, n_outputs // H - 1)
-        c += turn * COLUMNS
-        there = (tile < tiles) & (c < ROW)
-        at = w + n.to(gl.int64) * ROW + c
-        copy_numbers(ring.index(slot), at, there)
+        rows = weight.n_outputs // H
+        n = h * rows + gl.minimum(tile * N + j, rows - 1)
+        c += k_block * COLUMNS
+        there = (tile < weight.tiles) & (c < ROW)
+        cp_async(memory.index(stage), matrix + n.to(gl.int64) * ROW + c, there)
 
 
 @jit
-def _fill(
-    ring, of_pairs, slot, ready, w, scale, tile, turn, tiles, n_outputs, K: tl.constexpr,
-    H: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr,
-    BYTES: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr,
-    BULK: tl.constexpr,
-):  # fmt: skip
-    """Begin to fill a slot, with pairs if there are any."""
-    INT: tl.constexpr = KIND == INT4
-    if BULK:
-        size: tl.constexpr = BLOCK_N * (COLUMNS * BYTES + (4 * R if INT else 0))
-        mbarrier.expect(ready.index(slot), size, tile < tiles)
-    _copy(ring, slot, ready, w, tile, turn, tiles, n_outputs, K // 2 if INT else K, H, BLOCK_N,
-          COLUMNS, 16 // BYTES, W, BULK)  # fmt: skip
+def _load_stage(pipeline, stage, weight, tile, k_block, SHAPE: tl.constexpr):
+    """Begin to fill a stage with a K block of a tile, and with its pairs if there are any."""
+    INT: tl.constexpr = SHAPE.kind == INT4
+    BYTES: tl.constexpr = 2 if SHAPE.kind == PLAIN else 1  # of a number of w
+    K: tl.constexpr = SHAPE.inputs
+    if SHAPE.tma:
+        ROW_BYTES: tl.constexpr = SHAPE.columns * BYTES + (4 * SHAPE.slices if INT else 0)
+        size: tl.constexpr = SHAPE.block_n * ROW_BYTES
+        mbarrier.expect(pipeline.full.index(stage), size, tile < weight.tiles)
+    _copy(pipeline.w, pipeline.full, stage, weight.w, tile, k_block, weight, K // 2 if INT else K,
+          SHAPE.columns, 16 // BYTES, SHAPE)  # fmt: skip
     if INT:
-        _copy(of_pairs, slot, ready, scale, tile, turn, tiles, n_outputs, K // GROUP, H, BLOCK_N, R,
-              4, W, BULK)  # fmt: skip
+        _copy(pipeline.pairs, pipeline.full, stage, weight.scale, tile, k_block, weight,
+              K // SHAPE.group, SHAPE.slices, 4, SHAPE)  # fmt: skip
     commit_group()
+
+
+@jit
+def _next_block(tile, k_block, tiles, share, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
+    """The K block that is loaded after this one: of the same tile, or of the program's next one,
+    and where that is none, the next kernel may begin."""
+    k_block += 1
+    if k_block == (share.split + 1) * SHAPE.k_blocks:
+        k_block = share.split * SHAPE.k_blocks
+        tile += share.programs
+        if tile >= tiles:
+            allow(OVERLAP)
+    return tile, k_block
+
+
+@jit
+def _wait_for_stage(pipeline, stage, phase, SHAPE: tl.constexpr):
+    """Return when a stage is full, and all threads are done with the one before it."""
+    if SHAPE.tma:
+        mbarrier.wait(pipeline.full.index(stage), phase)
+    else:
+        wait_group(SHAPE.stages - 2)
+    barrier()
 
 
 # ---- the row
 
 
 @jit
-def _staged(
-    x, gains, eps, i, length, KIND: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr,
-    TURN: tl.constexpr, ROOM: tl.constexpr,
-):  # fmt: skip
-    """The first `length` inputs i in shared memory, (turns, planes, TURN) by index, and the factor
+def _load_row(x, norm, split, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
+    """The inputs of a split in shared memory, (K blocks, planes, block_k) by index, and the factor
     of all products with them: normed, and for whole numbers as three planes of digits."""
+    KIND: tl.constexpr = SHAPE.kind
     DTYPE: tl.constexpr = x.dtype.element_ty
+    BLOCK_K: tl.constexpr = SHAPE.block_k
+    PADDED: tl.constexpr = padded_span(SHAPE)
+    BLOCKS: tl.constexpr = PADDED // BLOCK_K
+    SPAN: tl.constexpr = SHAPE.inputs if SHAPE.split == 1 else BLOCK_K * SHAPE.k_blocks
+    i = gl.arange(0, PADDED, gl.BlockedLayout([8], [32], [SHAPE.warps], [0]))
+    gains = i
+    if SHAPE.norm:
+        gains = gl.load(norm.gain + i, mask=i < SHAPE.inputs, other=0.0)
+    wait(OVERLAP)
+    x += split * SPAN
+    length = gl.minimum(SPAN, SHAPE.inputs - split * SPAN)
     row = gl.load(x + i, mask=i < length, other=0.0)
     numbers = row.to(gl.float32)
-    step = 1.0
-    if NORM:
-        step = gl.rsqrt(gl.sum(numbers * numbers, 0) / length + eps)
+    factor = 1.0
+    if SHAPE.norm:
+        factor = gl.rsqrt(gl.sum(numbers * numbers, 0) / length + norm.eps)
         numbers *= gains.to(gl.float32)
     if KIND == PLAIN:
-        if NORM:
-            row, step = (numbers * step).to(DTYPE), 1.0
-        staged = gl.allocate_shared_memory(DTYPE, [ROOM], memory(1))
-        staged.store(row)
-        rows = as_rows(staged, [ROOM // TURN, 1, TURN], memory(2))
+        if SHAPE.norm:
+            row, factor = (numbers * factor).to(DTYPE), 1.0
+        memory = gl.allocate_shared_memory(DTYPE, [PADDED], plain_memory(1))
+        memory.store(row)
+        rows = reinterpret(memory, [BLOCKS, 1, BLOCK_K], plain_memory(2))
     else:
         top = gl.max(numbers.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # NaN is the greatest
         if KIND == FP8:  # by a power of two to below 2^14, where float16 has all that bfloat16 has
             power = gl.maximum(gl.minimum(267 - (top >> 23), 254), 1)
             numbers *= (power << 23).to(gl.float32, bitcast=True)
-            step *= ((254 - power) << 23).to(gl.float32, bitcast=True)
-            staged = gl.allocate_shared_memory(gl.float16, [ROOM], memory(1))
-            staged.store(numbers.to(gl.float16))
-            rows = as_rows(staged, [ROOM // TURN, 1, TURN], memory(2))
+            factor *= ((254 - power) << 23).to(gl.float32, bitcast=True)
+            memory = gl.allocate_shared_memory(gl.float16, [PADDED], plain_memory(1))
+            memory.store(numbers.to(gl.float16))
+            rows = reinterpret(memory, [BLOCKS, 1, BLOCK_K], plain_memory(2))
         else:
             largest = top.to(gl.float32, bitcast=True)
             some = largest > 1e-30
             a, b, c = digits_of(numbers, gl.where(some, LARGEST / largest, 0.0))
-            step *= gl.where(some, largest / LARGEST, largest)
-            SIDE: tl.constexpr = GROUP // 2 if KIND == INT4 else 64
-            staged = gl.allocate_shared_memory(
-                gl.int8, [ROOM // TURN, 4, TURN], planes_memory(SIDE, 3)
+            factor *= gl.where(some, largest / LARGEST, largest)
+            SIDE: tl.constexpr = SHAPE.group // 2 if KIND == INT4 else 64
+            memory = gl.allocate_shared_memory(
+                gl.int8, [BLOCKS, 4, BLOCK_K], planes_memory(SIDE, 3)
             )
-            planes = gl.reshape(gl.join(gl.join(a, c), gl.join(b, c)), [ROOM // TURN, TURN, 4])
-            staged.store(gl.permute(planes, [0, 2, 1]))
-            rows = as_rows(staged, [ROOM // TURN, 4, TURN], planes_memory(SIDE, 2))
-    return rows, step
+            planes = gl.reshape(gl.join(gl.join(a, c), gl.join(b, c)), [BLOCKS, BLOCK_K, 4])
+            memory.store(gl.permute(planes, [0, 2, 1]))
+            rows = reinterpret(memory, [BLOCKS, 4, BLOCK_K], planes_memory(SIDE, 2))
+    return rows, factor
 
 
-# ---- the product
+# ---- a K block
+
+
+@jit
+def _row_fragment(rows, k_block, DTYPE: tl.constexpr, SHAPE: tl.constexpr):
+    """A K block of the row as the tensor cores want it: (S, k_slice, 8)."""
+    S: tl.constexpr = SHAPE.slices
+    K: tl.constexpr = SHAPE.k_slice
+    PLANES: tl.constexpr = planes_of(SHAPE.kind)
+    BITS: tl.constexpr = bits_of(SHAPE.kind, SHAPE.group)
+    COLUMNS: tl.constexpr = columns_layout(SHAPE)
+    MMA: tl.constexpr = mma_layout(SHAPE)
+    OPERAND: tl.constexpr = gl.float16 if SHAPE.kind == FP8 else gl.int8 if PLANES > 1 else DTYPE
+    b = rows.index(k_block).load(inputs_layout(SHAPE))
+    b = gl.permute(gl.reshape(b, [PLANES, S] + [2] * len(BITS)), inputs_order(BITS).value)
+    b = gl.convert_layout(gl.reshape(b, [S, K, 1, PLANES]), COLUMNS, assert_trivial=True)
+    b, _ = gl.broadcast(b, gl.full([S, K, 8 // PLANES, PLANES], 0, OPERAND, COLUMNS))
+    b = gl.reshape(b, [S, K, 8])
+    WIDTH: tl.constexpr = 4 if PLANES > 1 else 2
+    return gl.convert_layout(b, gl.DotOperandLayout(1, MMA, WIDTH), assert_trivial=True)
+
+
+@jit
+def _weights_fragment(memory, SHAPE: tl.constexpr):
+    """A stage's weights as the tensor cores want them: (S, N, k_slice)."""
+    S: tl.constexpr = SHAPE.slices
+    BITS: tl.constexpr = bits_of(SHAPE.kind, SHAPE.group)
+    INT: tl.constexpr = SHAPE.kind == INT4
+    MMA: tl.constexpr = mma_layout(SHAPE)
+    WIDTH: tl.constexpr = 4 if planes_of(SHAPE.kind) > 1 else 2
+    a = memory.load(weights_layout(SHAPE))
+    a = gl.reshape(a, [SHAPE.block_n // 8, 2, 2, 2, S] + [2] * (len(BITS) - (1 if INT else 0)))
+    if INT:
+        a = halves_of_bytes(a)
+    elif SHAPE.kind == FP8:
+        a = floats_of_bytes(a)
+    a = gl.permute(a, weights_order(BITS, INT).value)
+    a = gl.reshape(a, [S, SHAPE.block_n, SHAPE.k_slice])
+    return gl.convert_layout(a, gl.DotOperandLayout(0, MMA, WIDTH), assert_trivial=True)
+
+
+@jit
+def _add_int4(acc, a, b, memory, SHAPE: tl.constexpr):
+    """Add the products of groups of int4, which are K slices: sums of codes times digits, scaled,
+    and sums of digits, times the offset."""
+    S: tl.constexpr = SHAPE.slices
+    N: tl.constexpr = SHAPE.block_n
+    MMA: tl.constexpr = mma_layout(SHAPE)
+    pair = memory.load(pairs_layout(SHAPE))
+    pair = gl.permute(gl.reshape(pair, [N // 8, 2, 2, 2, S]), [4, 0, 3, 2, 1])
+    pair = gl.reshape(pair, [S, N])
+    pair = gl.convert_layout(pair, gl.SliceLayout(2, MMA), assert_trivial=True)
+    s, o = scale_and_offset(pair[:, :, None])
+    codes = mma_v2(a, b, gl.full([S, N, 8], MAGIC_BITS, gl.int32, MMA))
+    ones = gl.full([S, 16, SHAPE.k_slice], 1, gl.int8, gl.DotOperandLayout(0, MMA, 4))
+    total = mma_v2(ones, b, gl.full([S, 16, 8], MAGIC_BITS, gl.int32, MMA))
+    total = total.to(gl.float32, bitcast=True) - MAGIC
+    if N > 16:
+        SUMS: tl.constexpr = sums_layout(SHAPE)
+        total = gl.reshape(total, [S, 1, 16, 8])
+        total = gl.convert_layout(total, SUMS, assert_trivial=True)
+        total, _ = gl.broadcast(total, gl.full([S, N // 16, 16, 8], 0.0, gl.float32, SUMS))
+        total = gl.reshape(total, [S, N, 8])
+        total = gl.convert_layout(total, MMA, assert_trivial=True)
+    acc += s * (codes.to(gl.float32, bitcast=True) - MAGIC)
+    acc += o * total
+    return acc
+
+
+# ---- the outputs
+
+
+@jit
+def _reduce(acc, memory, SHAPE: tl.constexpr):
+    """The sums (N,) of a tile: of what the columns say, of all K slices and all warps."""
+    W: tl.constexpr = SHAPE.warps
+    MMA: tl.constexpr = mma_layout(SHAPE)
+    column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, MMA)))[None, None, :]
+    worth = gl.where(column == 0, 1.0, 0.0)
+    if planes_of(SHAPE.kind) > 1:
+        worth = gl.where(column == 1, 256.0, gl.where(column == 2, 65536.0, worth))
+    z = gl.sum(acc.to(gl.float32) * worth, 2)
+    z = gl.reshape(z, [SHAPE.slices // W, W, SHAPE.block_n])
+    z = gl.convert_layout(z, partials_layout(SHAPE), assert_trivial=True)
+    memory.store(gl.sum(z, 0))
+    return gl.sum(memory.load(outputs_layout(SHAPE)), 0)
 
 
 @jit
@@ -322,197 +331,92 @@ def _natural(z, BLOCK_N: tl.constexpr):
 
 
 @jit
-def _finish(
-    z, m, first, scale, n_outputs, out, cos, sin, slots, positions, k, v, T, KIND: tl.constexpr,
-    H: tl.constexpr, BLOCK_N: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, E: tl.constexpr,
-):  # fmt: skip
-    """What becomes of the rows m of a tile, as the tensor cores number them."""
+def _finish(z, m, tile, scale, to, SHAPE: tl.constexpr, EPILOGUE: tl.constexpr):
+    """Scale the outputs m of a tile, as the tensor cores number them, and do what EPILOGUE says."""
+    H: tl.constexpr = SHAPE.halves
+    BLOCK_N: tl.constexpr = SHAPE.block_n
+    first = tile * BLOCK_N
     n = m // 8 * 8 + (m & 1) * 4 + (m & 2) + (m & 4) // 4
-    if KIND == INT8 or KIND == FP8:  # noqa: SIM109 (Triton)
-        z *= gl.load(half_row(scale, n, first // H, n_outputs, BLOCK_N, H))
-    n, r = numbered(_natural(n, BLOCK_N), first, EPILOGUE, BLOCK_N, 1, H == 2)
-    finish(
-        _natural(z, BLOCK_N), n, r, 1, n_outputs, out, cos, sin, slots, positions, k, v, T,
-        EPILOGUE, BLOCK_N, 1, HEADS, KV_HEADS, E, H == 2,
-    )  # fmt: skip
+    if SHAPE.kind == INT8 or SHAPE.kind == FP8:
+        z *= gl.load(half_row(scale, n, first // H, to.n_outputs, BLOCK_N, H))
+    n, r = output_indices(_natural(n, BLOCK_N), first, EPILOGUE.op, BLOCK_N, 1, H == 2)
+    finish(_natural(z, BLOCK_N), n, r, 1, to, EPILOGUE, BLOCK_N, 1, H == 2)
 
 
 @jit
-def stream(
-    x, w, scale, gain, eps, n_outputs, out, partial, arrived, cos, sin, slots, positions,
-    k, v, T, K: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr,
-    W: tl.constexpr, EPILOGUE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    E: tl.constexpr, BULK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """`w` are numbers or packed bytes, `scale` those of rows or the pairs of int4; what the ring
-    holds of both is described to the copy engine instead, where that fills it (BULK). Each of SPLIT
-    programs has a part of the inputs; the last one of them to be done adds up, in their order."""
-    BITS: tl.constexpr = bits_of(KIND, GROUP)
-    RUN: tl.constexpr = 2 ** len(BITS)
-    R: tl.constexpr = W * RUNS
-    EACH: tl.constexpr = 2 if KIND == INT4 else 1  # inputs of a number of w
-    BYTES: tl.constexpr = 2 if KIND == PLAIN else 1  # of a number of w
-    PLANES: tl.constexpr = planes_of(KIND)
-    WHOLE: tl.constexpr = PLANES > 1
-    H: tl.constexpr = 2 if EPILOGUE == GATE else 1
-    TURN: tl.constexpr = RUN * R
-    TURNS: tl.constexpr = (K + TURN * SPLIT - 1) // (TURN * SPLIT)  # of a part
-    PART: tl.constexpr = K if SPLIT == 1 else TURN * TURNS
-    COLUMNS: tl.constexpr = TURN // EACH
-    ROOM: tl.constexpr = room_for(PART, TURN)
-    OPERAND: tl.constexpr = gl.float16 if KIND == FP8 else gl.int8 if WHOLE else x.dtype.element_ty
-    WIDTH: tl.constexpr = 4 if WHOLE else 2
-    MMA: tl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
-    WANTED: tl.constexpr = columns_layout(PLANES, BITS, R, W)
-    SUMS: tl.constexpr = sums_layout(BLOCK_N, R, W)
-    OUTPUTS: tl.constexpr = outputs_layout(H, BLOCK_N, W)
+def _add_partials(weight, share, to, SHAPE: tl.constexpr, EPILOGUE: tl.constexpr):
+    """The last program of a split to arrive adds up the partials, in the order of the splits."""
+    SPLIT: tl.constexpr = SHAPE.split
+    BLOCK_N: tl.constexpr = SHAPE.block_n
+    barrier()
+    arrived = to.split_k.arrived + share.first
+    if gl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1:
+        gl.store(arrived, 0)
+        for tile in range(share.first, weight.tiles, share.programs):
+            m = gl.arange(0, BLOCK_N, gl.SliceLayout(0, outputs_layout(SHAPE)))
+            at = to.split_k.partials + tile * (SPLIT * BLOCK_N) + m
+            sum = gl.load(at, cache_modifier=".cg")
+            for other in gl.static_range(1, SPLIT):
+                sum += gl.load(at + other * BLOCK_N, cache_modifier=".cg")
+            _finish(sum, m, tile, weight.scale, to, SHAPE, EPILOGUE)
 
-    part = gl.program_id(0) % SPLIT
-    me, programs = gl.program_id(0) // SPLIT, gl.num_programs(0) // SPLIT
-    tiles = (n_outputs + BLOCK_N - 1) // BLOCK_N
-    NUMBER: tl.constexpr = number_of(KIND, x.dtype.element_ty)
-    ring = gl.allocate_shared_memory(
-        NUMBER, [STAGES, H, BLOCK_N // H, COLUMNS], ring_memory(COLUMNS, 8 * BYTES, BULK)
-    )
-    of_pairs, ready = ring, ring
-    if KIND == INT4:
-        of_pairs = gl.allocate_shared_memory(
-            gl.int32, [STAGES, H, BLOCK_N // H, R], ring_memory(R, 32, BULK)
-        )
-    sums = gl.allocate_shared_memory(gl.float32, [W, BLOCK_N], memory(2))
-    if BULK:
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(ready.index(i), count=1)
 
-    soon, turn_soon = me, part * TURNS  # what is copied next
-    for i in range(gl.minimum(STAGES - 1, (tiles - me + programs - 1) // programs * TURNS)):
-        _fill(ring, of_pairs, i, ready, w, scale, soon, turn_soon, tiles, n_outputs, K, H, BLOCK_N,
-              COLUMNS, R, BYTES, KIND, GROUP, W, BULK)  # fmt: skip
-        turn_soon += 1
-        if turn_soon == (part + 1) * TURNS:
-            turn_soon = part * TURNS
-            soon += programs
-    if not BULK:
-        for i in range((tiles - me + programs - 1) // programs * TURNS, STAGES - 1):  # noqa: B007
+@jit
+def gemv(x, w, scale, norm, to, SHAPE: tl.constexpr, EPILOGUE: tl.constexpr, OVERLAP: tl.constexpr):
+    """Multiply a row x (K,) with a weight, and do with the outputs what EPILOGUE says.
+
+    `w` are numbers or packed bytes, `scale` those of rows or the pairs of int4; both are described
+    to the copy engine instead, where it fills the stages. `norm` is a Norm, `to` a Destination,
+    SHAPE a GemvShape, EPILOGUE an Epilogue.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    STAGES: tl.constexpr = SHAPE.stages
+    SPLIT: tl.constexpr = SHAPE.split
+    BLOCK_N: tl.constexpr = SHAPE.block_n
+    MMA: tl.constexpr = mma_layout(SHAPE)
+    split = gl.program_id(0) % SPLIT
+    first, programs = gl.program_id(0) // SPLIT, gl.num_programs(0) // SPLIT
+    share = _Share(first, programs, split)
+    tiles = (to.n_outputs + BLOCK_N - 1) // BLOCK_N
+    weight = _Weight(w, scale, to.n_outputs, tiles)
+    pipeline, sums = _allocate(DTYPE, SHAPE)
+
+    # Load all stages but one, then the row
+    next_tile, next_block = first, split * SHAPE.k_blocks
+    blocks = (tiles - first + programs - 1) // programs * SHAPE.k_blocks
+    for i in range(gl.minimum(STAGES - 1, blocks)):
+        _load_stage(pipeline, i, weight, next_tile, next_block, SHAPE)
+        next_tile, next_block = _next_block(next_tile, next_block, tiles, share, SHAPE, False)
+    if not SHAPE.tma:
+        for i in range(blocks, STAGES - 1):
             commit_group()  # as many groups in any case
-    inputs = gl.arange(0, ROOM, gl.BlockedLayout([8], [32], [W], [0]))
-    gains = inputs
-    if NORM:
-        gains = gl.load(gain + inputs, mask=inputs < K, other=0.0)
-    wait(OVERLAP)
-    rows, step = _staged(
-        x + part * PART, gains, eps, inputs, gl.minimum(PART, K - part * PART), KIND, GROUP, NORM,
-        TURN, ROOM,
-    )  # fmt: skip
+    rows, factor = _load_row(x, norm, split, SHAPE, OVERLAP)
 
-    slot, phase = 0, 0
-    for tile in range(me, tiles, programs):
-        if KIND == INT8:
-            y = gl.full([R, BLOCK_N, 8], 0, gl.int32, MMA)
+    stage, phase = 0, 0
+    for tile in range(first, tiles, programs):
+        if SHAPE.kind == INT8:
+            acc = gl.full([SHAPE.slices, BLOCK_N, 8], 0, gl.int32, MMA)
         else:
-            y = gl.full([R, BLOCK_N, 8], 0.0, gl.float32, MMA)
-        for turn in range(TURNS):
-            if BULK:
-                mbarrier.wait(ready.index(slot), phase)
+            acc = gl.full([SHAPE.slices, BLOCK_N, 8], 0.0, gl.float32, MMA)
+        for k_block in range(SHAPE.k_blocks):
+            # Wait for a stage, refill the one before it, and multiply
+            _wait_for_stage(pipeline, stage, phase, SHAPE)
+            empty = gl.where(stage == 0, STAGES - 1, stage - 1)
+            _load_stage(pipeline, empty, weight, next_tile, next_block, SHAPE)
+            next_tile, next_block = _next_block(next_tile, next_block, tiles, share, SHAPE, OVERLAP)
+            b = _row_fragment(rows, k_block, DTYPE, SHAPE)
+            a = _weights_fragment(pipeline.w.index(stage), SHAPE)
+            if SHAPE.kind == INT4:
+                acc = _add_int4(acc, a, b, pipeline.pairs.index(stage), SHAPE)
             else:
-                wait_group(STAGES - 2)
-            barrier()  # all are done with the turn before this one, whose slot is free
-            free = gl.where(slot == 0, STAGES - 1, slot - 1)
-            _fill(ring, of_pairs, free, ready, w, scale, soon, turn_soon, tiles, n_outputs, K, H,
-                  BLOCK_N, COLUMNS, R, BYTES, KIND, GROUP, W, BULK)  # fmt: skip
-            turn_soon += 1
-            if turn_soon == (part + 1) * TURNS:
-                turn_soon = part * TURNS
-                soon += programs
-                if soon >= tiles:
-                    allow(OVERLAP)
-            # The row: (R, RUN, 8)
-            b = rows.index(turn).load(inputs_layout(PLANES, BITS, R, W))
-            b = gl.permute(gl.reshape(b, [PLANES, R] + [2] * len(BITS)), inputs_order(BITS).value)
-            b = gl.convert_layout(gl.reshape(b, [R, RUN, 1, PLANES]), WANTED, assert_trivial=True)
-            b, _ = gl.broadcast(b, gl.full([R, RUN, 8 // PLANES, PLANES], 0, OPERAND, WANTED))
-            b = gl.reshape(b, [R, RUN, 8])
-            b = gl.convert_layout(b, gl.DotOperandLayout(1, MMA, WIDTH), assert_trivial=True)
-            # The weights: (R, BLOCK_N, RUN)
-            a = ring.index(slot).load(weights_layout(H, BLOCK_N, RUN // EACH // 4, R, W))
-            a = gl.reshape(a, [BLOCK_N // 8, 2, 2, 2, R] + [2] * (len(BITS) - EACH + 1))
-            if KIND == INT4:
-                a = halves_of_bytes(a)
-            elif KIND == FP8:
-                a = floats_of_bytes(a)
-            a = gl.permute(a, weights_order(BITS, KIND == INT4).value)
-            a = gl.reshape(a, [R, BLOCK_N, RUN])
-            a = gl.convert_layout(a, gl.DotOperandLayout(0, MMA, WIDTH), assert_trivial=True)
-            if KIND == INT4:
-                pair = of_pairs.index(slot).load(pairs_layout(H, BLOCK_N, R, W))
-                pair = gl.permute(gl.reshape(pair, [BLOCK_N // 8, 2, 2, 2, R]), [4, 0, 3, 2, 1])
-                pair = gl.reshape(pair, [R, BLOCK_N])
-                pair = gl.convert_layout(pair, gl.SliceLayout(2, MMA), assert_trivial=True)
-                s, o = scale_and_offset(pair[:, :, None])
-                # Each run is a group: sums of codes times digits, and of digits
-                codes = mma_v2(a, b, gl.full([R, BLOCK_N, 8], MAGIC_BITS, gl.int32, MMA))
-                ones = gl.full([R, 16, RUN], 1, gl.int8, gl.DotOperandLayout(0, MMA, WIDTH))
-                total = mma_v2(ones, b, gl.full([R, 16, 8], MAGIC_BITS, gl.int32, MMA))
-                total = total.to(gl.float32, bitcast=True) - MAGIC
-                if BLOCK_N > 16:
-                    total = gl.reshape(total, [R, 1, 16, 8])
-                    total = gl.convert_layout(total, SUMS, assert_trivial=True)
-                    zeros = gl.full([R, BLOCK_N // 16, 16, 8], 0.0, gl.float32, SUMS)
-                    total, _ = gl.broadcast(total, zeros)
-                    total = gl.reshape(total, [R, BLOCK_N, 8])
-                    total = gl.convert_layout(total, MMA, assert_trivial=True)
-                y += s * (codes.to(gl.float32, bitcast=True) - MAGIC)
-                y += o * total
-            else:
-                y = mma_v2(a, b, y)
-            slot, phase = next_slot(slot, phase, STAGES)
-        # What the columns say, of all runs and all warps
-        column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, MMA)))[None, None, :]
-        worth = gl.where(column == 0, 1.0, 0.0)
-        if WHOLE:
-            worth = gl.where(column == 1, 256.0, gl.where(column == 2, 65536.0, worth))
-        z = gl.reshape(gl.sum(y.to(gl.float32) * worth, 2), [RUNS, W, BLOCK_N])
-        z = gl.convert_layout(z, parts_layout(BLOCK_N, R, W), assert_trivial=True)
-        sums.store(gl.sum(z, 0))
-        z = gl.sum(sums.load(OUTPUTS), 0) * step
-        m = gl.arange(0, BLOCK_N, gl.SliceLayout(0, OUTPUTS))
+                acc = mma_v2(a, b, acc)
+            stage, phase = next_stage(stage, phase, STAGES)
+        # Add up what the warps have, and finish the tile, or leave it to the last of a split
+        z = _reduce(acc, sums, SHAPE) * factor
+        m = gl.arange(0, BLOCK_N, gl.SliceLayout(0, outputs_layout(SHAPE)))
         if SPLIT == 1:
-            _finish(z, m, tile * BLOCK_N, scale, n_outputs, out, cos, sin, slots, positions, k, v,
-                    T, KIND, H, BLOCK_N, EPILOGUE, HEADS, KV_HEADS, E)  # fmt: skip
+            _finish(z, m, tile, scale, to, SHAPE, EPILOGUE)
         else:
-            gl.store(partial + (tile * SPLIT + part) * BLOCK_N + m, z)
+            gl.store(to.split_k.partials + (tile * SPLIT + split) * BLOCK_N + m, z)
     if SPLIT > 1:
-        barrier()
-        if gl.atomic_add(arrived + me, 1, sem="acq_rel") == SPLIT - 1:
-            gl.store(arrived + me, 0)
-            for done in range(me, tiles, programs):
-                row = gl.arange(0, BLOCK_N, gl.SliceLayout(0, OUTPUTS))
-                at = partial + done * (SPLIT * BLOCK_N) + row
-                sum = gl.load(at, cache_modifier=".cg")
-                for other in gl.static_range(1, SPLIT):
-                    sum += gl.load(at + other * BLOCK_N, cache_modifier=".cg")
-                _finish(sum, row, done * BLOCK_N, scale, n_outputs, out, cos, sin, slots, positions,
-                        k, v, T, KIND, H, BLOCK_N, EPILOGUE, HEADS, KV_HEADS, E)  # fmt: skip
-
-
-# ---- for its launch
-
-
-def turn_of(read: Source, blocks: Stream) -> int:
-    """Inputs of a turn."""
-    bits: tuple[str, ...] = bits_of(read.kind, read.group)
-    return (1 << len(bits)) * blocks.runs * blocks.warps
-
-
-def shared_memory(read: Source, inputs: int, blocks: Stream) -> int:
-    """Bytes that a program needs, or a little less."""
-    turn = turn_of(read, blocks)
-    bits = {PLAIN.value: 16, INT4.value: 4}.get(read.kind.value, 8)
-    pairs = 4 * turn // read.group if read.group else 0
-    ring = blocks.stages * blocks.block_n * (turn * bits // 8 + pairs)
-    part = -(-inputs // (turn * blocks.split)) * turn
-    row: int = room_for(part, turn) * max(2, planes_of(read.kind))
-    return ring + row + 4 * blocks.warps * blocks.block_n
+        _add_partials(weight, share, to, SHAPE, EPILOGUE)

@@ -1,13 +1,10 @@
 """Gluon, Triton's language in which a kernel says where each number lies. In Triton's interpreter,
 which does not know it, the same names stand for what they mean where nothing lies anywhere.
 
-Knows no kernel. The surprising thing: in the interpreter shared memory is a Python object, a copy
-to it is done when it is begun, and warps that work together work one after the other; so the
-interpreter shows what a kernel computes, and not whether it waits.
+This file knows no kernel. The surprising thing: in the interpreter shared memory is a Python
+object, a copy to it is done when it is begun, and specialized warps work one after the other; so
+the interpreter shows what a kernel computes, and not whether it waits.
 """
-
-# ruff: noqa: ANN001, ANN002, ANN003, ANN201, ANN202, ANN204, ANN205, ANN401 (nor have kernels types)
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from typing import Any
 
@@ -19,7 +16,8 @@ from llama.cuda.launch import INTERPRETED
 
 
 def _cut(value, dim, length):
-    """A dimension in parts of `length`, which becomes the one behind it; and their numbers."""
+    """Cut a dimension in parts of `length`, which becomes the one behind it; returns that and the
+    index of each part."""
     shape = [int(n) for n in value.shape]
     parts = shape[dim] // length
     numbers = [1] * dim + [parts] + [1] * (len(shape) - dim)
@@ -28,7 +26,7 @@ def _cut(value, dim, length):
 
 
 class _Memory:
-    """Shared memory of one program: a tensor, or one at each index of its first dimension."""
+    """Shared memory of one program holds a tensor, or one at each index of its first dimension."""
 
     def __init__(self, dtype, shape):
         self.dtype, self.shape, self.blocks, self.value = dtype, shape, {}, None
@@ -48,8 +46,8 @@ class _Memory:
         return view
 
 
-class _Rows:
-    """A tensor's first dimension, by index."""
+class _Views:
+    """What a tensor has at each index of its first dimension, as shared memory."""
 
     def __init__(self, value):
         self.value = value
@@ -73,7 +71,7 @@ def _nothing(*_, **__):
 
 
 class _Gluon:
-    """Names of Gluon: Triton's, which the interpreter replaces while it runs, but for these."""
+    """Gluon's names are Triton's, which the interpreter replaces while it runs, but for these."""
 
     def __getattr__(self, name: str) -> Any:
         return _nothing if name.endswith("Layout") else getattr(tl, name)
@@ -103,32 +101,32 @@ if INTERPRETED:
     def constexpr_function(function):
         return lambda *args: function(*(getattr(arg, "value", arg) for arg in args))
 
-    copy_numbers = _copied
+    cp_async = _copied
     barrier = commit_group = wait_group = _nothing
 
     class _Barriers:
         MBarrierLayout = init = expect = arrive = wait = staticmethod(_nothing)
 
-    class _Described:
+    class _Descriptors:
         @staticmethod
         def from_tensor(tensor, block, layout):
             return host.TensorDescriptor.from_tensor(tensor, block)
 
     mbarrier: Any = _Barriers
-    TensorDescriptor: Any = _Described
+    TensorDescriptor: Any = _Descriptors
 
-    def copy_tile(described, at, ready, memory, there):
+    def tma_load(described, at, ready, memory, there):
         if there:
             memory.store(described.load(at))
 
-    def work_together(functions, warps, registers):
+    def warp_specialize(functions, warps, registers):
         for function, given in functions:
             function(*given)
 
-    def as_rows(memory, shape, layout):
-        return _Rows(tl.reshape(memory.load(), shape))
+    def reinterpret(memory, shape, layout):
+        return _Views(tl.reshape(memory.load(), shape))
 
-    def flat(memory, layout):
+    def merge_halves(memory, layout):
         first, second, *rest = memory.shape
         view = _Memory(memory.dtype, [first * second, *rest])
         view.store(tl.reshape(memory.load(), view.shape))
@@ -152,7 +150,7 @@ else:
     from triton.experimental.gluon.nvidia import hopper as host
 
     gl, jit, constexpr_function = language, gluon.jit, gluon.constexpr_function
-    work_together = gl.warp_specialize
+    warp_specialize = gl.warp_specialize
     async_copy, mma_v2 = ampere.async_copy, ampere.mma_v2
     commit_group, wait_group = async_copy.commit_group, async_copy.wait_group
     mbarrier, tma, warpgroup_mma = hopper.mbarrier, hopper.tma, hopper.warpgroup_mma
@@ -160,57 +158,58 @@ else:
     TensorDescriptor = host.TensorDescriptor
 
     def _named(module, *names):
-        """What has one of these names, the latest of which comes first."""
+        """The first of these names that the module has; the latest comes first."""
         return next(getattr(module, name) for name in names if hasattr(module, name))
 
     # Triton 3.6 has the last ones, 3.9 the first ones.
     barrier = _named(gl, "barrier", "thread_barrier")
-    copy_numbers = _named(async_copy, "async_load", "async_copy_global_to_shared")
-    copy_tile = _named(tma, "async_load", "async_copy_global_to_shared")
+    cp_async = _named(async_copy, "async_load", "async_copy_global_to_shared")
+    tma_load = _named(tma, "async_load", "async_copy_global_to_shared")
     RENAMED = tl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
     @jit
-    def as_rows(memory, shape: tl.constexpr, layout: tl.constexpr):
-        """Memory in another shape, whose first dimension is an index; `layout` is of the others."""
+    def reinterpret(memory, shape: tl.constexpr, layout: tl.constexpr):
+        """View memory in another shape, whose first dimension is an index; `layout` is that of the
+        others."""
         if RENAMED:
             return memory.reinterpret(memory.dtype, shape, layout)
         else:
             return memory._reinterpret(memory.dtype, shape, layout)
 
     @jit
-    def flat(memory, layout: tl.constexpr):
-        """Its first two dimensions as one."""
+    def merge_halves(memory, layout: tl.constexpr):
+        """View memory with its first two dimensions as one."""
         shape: tl.constexpr = [memory.shape[0] * memory.shape[1], memory.shape[2]]
-        return as_rows(memory, shape, layout)
+        return reinterpret(memory, shape, layout)
 
 
 @constexpr_function
-def tiles_memory(columns, bits):
-    """(H, N / H, columns) of a matrix in H halves, as the copy engine brings it."""
+def tma_layout(columns, bits):
+    """How a tile (H, N / H, columns) of a matrix in H halves lies when TMA has loaded it."""
     return gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 3)
 
 
-def described(tensor: Tensor, halves: int, block_n: int, columns: int) -> object:
-    """A matrix, in halves one above the other, as the copy engine brings tiles of it."""
+def tma_descriptor(tensor: Tensor, halves: int, block_n: int, columns: int) -> object:
+    """Describe a matrix, in halves one above the other, to the copy engine, which loads tiles."""
     rows, inputs = tensor.shape
     return TensorDescriptor.from_tensor(
         tensor.view(halves, rows // halves, inputs),
         [halves, block_n // halves, columns],
-        tiles_memory(columns, 8 * tensor.itemsize),
+        tma_layout(columns, 8 * tensor.itemsize),
     )
 
 
 @jit
-def next_slot(slot, phase, STAGES: tl.constexpr):
-    """Of a ring, and which time around its barriers are in."""
-    slot += 1
-    if slot == STAGES:
-        slot = 0
+def next_stage(stage, phase, STAGES: tl.constexpr):
+    """The stage after this one, and the phase that its barriers are in: it flips at each round."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
         phase ^= 1
-    return slot, phase
+    return stage, phase
 
 
 @constexpr_function
 def powers(step, count):
-    """step, 2 step, 4 step and so on, below count times it: what the bits of a layout move by."""
+    """The basis vectors of a layout's bits: step, 2 step, 4 step and so on, below count * step."""
     return [step << i for i in range(int(count).bit_length() - 1)]

@@ -1,7 +1,7 @@
 """Packed weights as plain numbers, for products of so many rows that this pays.
 
-What Packed.unpack computes, to the last bit. The surprising thing: there is one scratch for all
-matrices of a model, so what `Unpacked` returns holds until it is asked for the next.
+This is what Packed.unpack computes, to the last bit. The surprising thing: there is one scratch for
+all matrices of a model, so what `Dequantizer` returns holds until it is asked for the next.
 
 Letters: N rows, K columns, G of a group.
 """
@@ -19,11 +19,11 @@ _BLOCK = 2048  # numbers, or bytes of int4, of a program
 
 
 @triton.jit
-def _unpack(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    w, scale, out, numel, K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,  # noqa: ANN001
+def _unpack(
+    w, scale, out, numel, K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of w, wherever rows end."""
+    """Dequantize BLOCK elements of w, wherever rows end."""
     allow(OVERLAP)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = i < numel
@@ -42,7 +42,7 @@ def _unpack(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 def unpack(weight: Weight, out: Tensor) -> Tensor:
-    """The numbers (N, K) of a packed weight in `out`, which is returned."""
+    """Write the numbers (N, K) of a packed weight to `out`, which is returned."""
     read = source(weight)
     assert read.weight.is_contiguous(), read.weight.stride()
     assert out.shape == weight.shape, (out.shape, weight.shape)
@@ -54,14 +54,15 @@ def unpack(weight: Weight, out: Tensor) -> Tensor:
     return out
 
 
-class Unpacked:
-    """Plain numbers of weights, a matrix at a time, in scratch of the largest one's size."""
+class Dequantizer:
+    """Dequantizes weights, a matrix at a time, into scratch of the largest one's size."""
 
     def __init__(self, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
         self.scratch = torch.empty(numbers, dtype=dtype, device=device)
 
     def __call__(self, weight: Weight) -> Tensor:
-        """(N, K), until the next call; a plain weight is returned as it is."""
+        """Return its numbers (N, K), which hold until the next call; a plain weight is returned
+        unchanged."""
         if isinstance(weight, Tensor):
             return weight
         rows, columns = weight.shape
