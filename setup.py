@@ -24,6 +24,7 @@ setup(
             "gguf>=0.10",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "sentencepiece>=0.2",
             "transformers>=4.50",
             "triton>=3.9; platform_system == 'Linux'",

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,50 @@ def write_adapter(path, args, modules=("q_proj", "v_proj"), seed=0, **changes):
 
 
 torch.set_num_threads(1)  # tiny products: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and the same in the programs that tests start
+
+MOST_WORKERS = 8  # each imports torch and collects the whole suite
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Whole folders are tested by a worker for each core, where pytest-xdist is installed and
+    nothing else is asked for (`-n 0` asks for this process alone). Files and tests that are named
+    run in this process, where a debugger can be; so does everything where there is a GPU, whose
+    memory and speed are measured."""
+    option = config.option
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    if worker or getattr(option, "numprocesses", 0) is not None or torch.cuda.is_available():
+        return
+    alone = option.usepdb or option.trace or option.collectonly or option.capture == "no"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores > 1 and not alone and all(Path(argument).is_dir() for argument in config.args):
+        option.numprocesses = min(cores, MOST_WORKERS)
+        option.dist = "worksteal" if option.dist == "no" else option.dist
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Triton's interpreter makes its language ready for a file's functions at each call of one, for
+    half of its time. Once a launch is enough: it is undone only at the launch's end."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        return
+    patch, ready = interpreter._patch_lang, set()
+
+    def once(function):
+        file = id(function.__globals__)
+        if file in ready:
+            return interpreter._LangPatchScope()
+        scope = patch(function)
+        if not ready:  # a launch, not a call inside of one
+            undo = scope.restore
+            scope.restore = lambda: (ready.clear(), undo())
+        ready.add(file)
+        return scope
+
+    interpreter._patch_lang = once
+
 
 BYTES_VOCAB = 512  # the 256 bytes and the 256 special tokens
 

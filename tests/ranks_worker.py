@@ -1,10 +1,14 @@
-"""What test_ranks.py runs in each process: `ranks_worker.py MODE DEVICE OUT_DIR ...`, see there."""
+"""What test_ranks.py runs in each process: `ranks_worker.py MODE DEVICE OUT_DIR ...`, see there.
+
+`ranks_worker.py forked RANKS PORT MODE DEVICE OUT_DIR ...` starts the ranks itself, as forks of a
+process that has imported torch for all of them."""
 
 import json
 import os
 import random
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -27,8 +31,8 @@ def held(model):
 
 
 def answers(llama):
-    greedy = llama.generate(PROMPTS, 8, temperature=0, logprobs=True)
-    sampled = llama.generate(PROMPTS, 8, temperature=1.0, top_p=0.95, seed=11)
+    greedy = llama.generate(PROMPTS, 5, temperature=0, logprobs=True)
+    sampled = llama.generate(PROMPTS, 5, temperature=1.0, top_p=0.95, seed=11)
     return {"greedy": greedy, "sampled": sampled[0]}
 
 
@@ -151,8 +155,35 @@ def lone_error(out, tokenizer, folder):
     time.sleep(20)  # as a program does that goes on with other things
 
 
+def forked(ranks, port, run):
+    """Run a function on so many ranks; whether it came to its end on all of them."""
+    os.environ |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = []
+    for rank in range(ranks):
+        children.append(os.fork())
+        if children[-1] == 0:
+            status = 1
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                run()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    return not any(statuses)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     assert ONE.size == 1
-    DEVICE = sys.argv[2]
-    globals()[sys.argv[1]](*sys.argv[3:])
+    ranks, port = 1, ""
+    if sys.argv[1] == "forked":
+        ranks, port = int(sys.argv[2]), sys.argv[3]
+        del sys.argv[1:4]
+    mode, DEVICE, *given = sys.argv[1:]
+    if ranks == 1:
+        globals()[mode](*given)
+    elif not forked(ranks, port, lambda: globals()[mode](*given)):
+        sys.exit("a rank failed, and has said why")

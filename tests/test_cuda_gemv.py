@@ -218,9 +218,16 @@ def test_a_step_of_one_row_by_gemv_is_the_one_without(recipe, heads, size, monke
 
 
 @pytest.mark.skipif(not HOPPER, reason="gemm_sm90.py is for compute capability 9.0")
-@pytest.mark.parametrize("rows", [2, 4])
 @pytest.mark.parametrize(
-    ("recipe", "heads", "size"), [*((r, 2, 64) for r in RECIPES), ("int8", 4, 96)]
+    ("recipe", "heads", "size", "rows"),
+    [
+        *((recipe, 2, 64, 4) for recipe in RECIPES),
+        *((recipe, 2, 64, 2) for recipe in (None, "int4")),
+        ("int8", 4, 96, 4),
+        # two rows are padded to eight as four are, and these weights unpacked as with four
+        *(pytest.param(r, 2, 64, 2, marks=pytest.mark.slow) for r in ("int8", "fp8")),
+        pytest.param("int8", 4, 96, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_of_several_rows_by_gemm_sm90_is_the_one_without(
     recipe, heads, size, rows, monkeypatch

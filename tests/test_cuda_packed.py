@@ -125,13 +125,13 @@ def test_packed_layers_are_joined_once(format):
     apart = [
         QuantizedLinear(part.each(torch.clone), torch.float32) for part in whole.split([8, 16])
     ]
-    for layers, same in ((views, True), (apart, False)):
-        found = joined(layers)
+    for modules, same in ((views, True), (apart, False)):
+        found = joined(modules)
         assert isinstance(found, Packed)
         assert torch.equal(found.unpack(torch.float32), whole.unpack(torch.float32))
         assert (found.weight.data_ptr() == whole.weight.data_ptr()) is same
-        assert found.scale.data_ptr() == layers[0].scale.data_ptr()
-        assert joined(layers).weight.data_ptr() == layers[0].weight.data_ptr()
+        assert found.scale.data_ptr() == modules[0].scale.data_ptr()
+        assert joined(modules).weight.data_ptr() == modules[0].weight.data_ptr()
 
 
 def test_a_tied_table_is_held_once():

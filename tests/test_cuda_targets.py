@@ -95,6 +95,7 @@ def test_kernels_of_a_step_compile_for_other_gpus(target, shape, kind, rows):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_for(target):

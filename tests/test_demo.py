@@ -142,7 +142,7 @@ def test_twenty_steps_from_nothing_lower_the_loss_and_repeat_to_the_byte(tmp_pat
     runs = [tmp_path / "a", tmp_path / "b"]
     before = torch.get_rng_state()
     for out in runs:
-        main(str(out), 20, 512, "cpu", processes=0, tokenizer_documents=1500)
+        main(str(out), 20, 256, "cpu", processes=0, tokenizer_documents=1500)
         losses = re.search(r"loss ([\d.]+) at first, ([\d.]+) at last", capsys.readouterr().out)
         assert float(losses[2]) < float(losses[1]) - 1
     for name in (*FILES, "checklist.chk"):

@@ -134,6 +134,7 @@ def test_an_interruption_at_any_line_loses_nothing(path, reuse):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3000)
 @PATHS
 @pytest.mark.parametrize("reuse", [False, True])
@@ -176,6 +177,7 @@ def test_a_cancel_or_an_arrival_at_any_line_of_a_step_disturbs_nobody(path, what
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3000)
 @PATHS
 @pytest.mark.parametrize("what", ["cancel", "submit"])

@@ -5,8 +5,6 @@ import dataclasses
 import json
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -602,13 +600,11 @@ def test_convert_there_and_back(folders, capsys):
     assert not (folders / "d").exists()
 
 
-def test_commands_take_a_hugging_face_folder(folders):
+def test_commands_take_a_hugging_face_folder(folders, shell):
     def run(*arguments):
-        command = [sys.executable, "-m", "llama", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert not done.stderr
-        return done.stdout
+        status, out, error = shell(*arguments)
+        assert (status, error) == (0, "")
+        return out
 
     assert "1 shard, float32" in run("info", folders / "hf")
     assert "parameters, bfloat16" in run(

@@ -15,7 +15,8 @@ from test_ranks import WORKER, launch, same_answers
 
 from llama.checkpoint import random_checkpoint, write_meta
 
-HOSTS = {"llama-test-a": "10.77.0.1", "llama-test-b": "10.77.0.2"}
+PAIR = tuple(f"llama-test-{end}-{os.getpid()}" for end in "ab")
+HOSTS = dict(zip(PAIR, ("10.77.0.1", "10.77.0.2"), strict=True))
 
 
 def ip(*words):
@@ -75,7 +76,7 @@ def test_two_hosts_under_torchrun_answer_as_one_process_and_one_of_them_speaks(
 ):
     tokenizer = folder / "tokenizer.model"
     common = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1]
-    common += ["--master_addr", HOSTS["llama-test-a"], "--master_port", 29517]
+    common += ["--master_addr", HOSTS[PAIR[0]], "--master_port", 29517]
     work = [WORKER, "law", "cpu", tmp_path, tokenizer, folder]
     hosts = [start(host, *common, "--node_rank", rank, *work) for rank, host in enumerate(HOSTS)]
     try:
@@ -95,7 +96,7 @@ def test_two_hosts_under_torchrun_answer_as_one_process_and_one_of_them_speaks(
 @pytest.mark.parametrize("mode", ["endless", "waiting"])
 def test_a_host_that_is_cut_off_ends_the_other_with_its_name(cable, folder, tmp_path, mode):
     work = [WORKER, mode, "cpu", tmp_path, folder / "tokenizer.model", folder]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": HOSTS["llama-test-a"], "MASTER_PORT": "29518"}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": HOSTS[PAIR[0]], "MASTER_PORT": "29518"}
     hosts = [
         start(host, *work, **common, RANK=str(rank), LOCAL_RANK="0")
         for rank, host in enumerate(HOSTS)
@@ -109,7 +110,7 @@ def test_a_host_that_is_cut_off_ends_the_other_with_its_name(cable, folder, tmp_
         time.sleep(2)
         assert all(host.poll() is None for host in hosts), "it goes on while the cable is there"
         cut = time.monotonic()
-        ip("-n", "llama-test-b", "link", "set", "wire", "down")
+        ip("-n", PAIR[1], "link", "set", "wire", "down")
         errors = hosts[0].communicate(timeout=40)[1]
         seconds = time.monotonic() - cut
         print(f"{mode}: ended {seconds:.1f} s after the cut: {errors.strip().splitlines()[-1]}")
@@ -118,7 +119,7 @@ def test_a_host_that_is_cut_off_ends_the_other_with_its_name(cable, folder, tmp_
         assert "Ranks 1" in errors
         assert seconds < 15
     finally:
-        ip("-n", "llama-test-b", "link", "set", "wire", "up")
+        ip("-n", PAIR[1], "link", "set", "wire", "up")
         stop(hosts)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import outcome
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
@@ -178,8 +179,16 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("script", [CHAT, TEXT], ids=["chat", "text"])
+# Each script and each way once; test_examples.py starts our own scripts in every way.
+STARTED = [
+    pytest.param(CHAT, "torchrun", id="chat-torchrun"),
+    pytest.param(TEXT, "python", id="text-python"),
+    pytest.param(CHAT, "python", id="chat-python", marks=pytest.mark.slow),
+    pytest.param(TEXT, "torchrun", id="text-torchrun", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("script", "way"), STARTED)
 def test_a_script_with_the_calls_of_metas_own_runs_on_the_demo(tmp_path, script, way):
     file = tmp_path / "script.py"
     file.write_text(script)
@@ -197,14 +206,11 @@ def test_a_script_with_the_calls_of_metas_own_runs_on_the_demo(tmp_path, script,
 
 
 @pytest.mark.parametrize("name", ["chat", "text"])
-def test_our_examples_take_the_arguments_of_metas_in_their_order(name):
+def test_our_examples_take_the_arguments_of_metas_in_their_order(name, monkeypatch, capfd):
     """`torchrun ... example_chat_completion.py DIR TOKENIZER 0` works with fire as well."""
-    file = ROOT / f"example_{name}_completion.py"
-    done = subprocess.run(
-        [sys.executable, file, DEMO, DEMO / "tokenizer.model", "0", "--max_gen_len", "4"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    file = str(ROOT / f"example_{name}_completion.py")
+    given = [file, str(DEMO), str(DEMO / "tokenizer.model"), "0", "--max_gen_len", "4"]
+    monkeypatch.setattr(sys, "argv", given)
+    status, out, error = outcome(capfd, runpy.run_path, file, None, "__main__")
+    assert (status, error) == (0, "")
+    assert out

@@ -41,9 +41,20 @@ def files(tmp_path_factory):
     return tokenizer, folders
 
 
-def launch(ranks, mode, out, *args, device="cpu"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(ranks), WORKER, mode, device, str(out), *map(str, args)]
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(ranks, mode, out, *args, device="cpu", torchrun=False):
+    """What each rank has written. Without torchrun they are forks of one process, since each would
+    otherwise spend seconds on the import of torch."""
+    command = [sys.executable, WORKER, "forked", str(ranks), free_port()]
+    if torchrun:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(ranks), WORKER]
+    command += [mode, device, str(out), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(Path(out, f"rank{r}.json").read_text()) for r in range(ranks)]
@@ -51,10 +62,8 @@ def launch(ranks, mode, out, *args, device="cpu"):
 
 def start_two(mode, out, *args, device="cpu"):
     """Two ranks without torchrun, which would itself end the second when the first dies."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    common["MASTER_PORT"] = free_port()
     return [
         subprocess.Popen(
             [sys.executable, WORKER, mode, device, str(out), *map(str, args)],
@@ -79,7 +88,7 @@ def test_ids_from_any_number_of_shards_on_any_number_of_ranks_are_those_of_one(
     files, tmp_path, ranks
 ):
     tokenizer, folders = files
-    results = launch(ranks, "law", tmp_path, tokenizer, *folders.values())
+    results = launch(ranks, "law", tmp_path, tokenizer, *folders.values(), torchrun=ranks == 2)
     for (kv_heads, shards), folder in folders.items():
         alone = build(folders[kv_heads, 1], tokenizer)
         reference = answers(alone)
@@ -208,7 +217,7 @@ def test_float32_ids_of_two_gpus_are_those_of_one(files, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     tokenizer, folders = files
-    results = launch(2, "law", tmp_path, tokenizer, *folders.values(), device="cuda")
+    results = launch(2, "law", tmp_path, tokenizer, *folders.values(), device="cuda", torchrun=True)
     for (kv_heads, _), folder in folders.items():
         reference = answers(build(folders[kv_heads, 1], tokenizer, device="cuda:0"))
         for result in results:
