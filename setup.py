@@ -1,18 +1,23 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+package = (here / "llama" / "__init__.py").read_text(encoding="utf-8")
+version = re.search(r'^__version__ = "(.+)"$', package, re.M)
+assert version is not None, "llama/__init__.py says no version"
 
 setup(
     name="llama",
-    version="0.1.0",
+    version=version[1],
     description="Llama weights on disk to tokens: the readable reference, at the speed of memory",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.chk", "demo/*.model"]},
+    entry_points={"console_scripts": ["llama = llama.commands:main"]},
     python_requires=">=3.10",
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from llama.sampling import SamplingParams
     from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ChatFormat",
     "Dialog",

@@ -164,14 +164,6 @@ class Ranks:
 ONE = Ranks()
 
 
-def is_first_process() -> bool:
-    """Whether this is the one process that acts where several of torchrun have no use."""
-    rank = os.environ.get("RANK", "0")
-    if not rank.isdecimal():
-        raise ValueError(f"the environment says RANK={rank!r:.40}, no whole number: unset it")
-    return int(rank) == 0
-
-
 def local_device(device: str | torch.device | None) -> torch.device:
     """The device of this process: as asked, else cuda, else mps, else cpu.
 

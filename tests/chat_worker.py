@@ -10,8 +10,9 @@ from pathlib import Path
 
 from conftest import Scripted, write_tokenizer
 
-from llama import Llama, SamplingParams, Tokenizer, __main__
-from llama.commands.chat import chat
+from llama import Llama, SamplingParams, Tokenizer
+from llama.commands import main
+from llama.commands.chat import talk
 
 
 def next_letter(token, position):
@@ -22,7 +23,7 @@ def next_letter(token, position):
 def alphabet(folder):
     tokenizer = Tokenizer(str(write_tokenizer(Path(folder) / "tokenizer.model")))
     llama = Llama(Scripted(next_letter, max_seq_len=400, max_batch_size=1), tokenizer)
-    chat(llama, SamplingParams(temperature=0, max_tokens=60), hello="Hello.")
+    talk(llama, SamplingParams(temperature=0, max_tokens=60), hello="Hello.")
 
 
 if __name__ == "__main__":
@@ -32,4 +33,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "alphabet":
         alphabet(sys.argv[2])
     else:
-        __main__.main()
+        main()

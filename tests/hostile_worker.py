@@ -20,9 +20,12 @@ import torch  # noqa: F401
 
 with_torch = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-import llama.__main__  # noqa: E402
+from llama.commands import COMMANDS  # noqa: E402
+from llama.loading import Prepared  # noqa: E402
 
-del sys.modules["llama.__main__"]  # only what it imports is to be there already
+for name in COMMANDS:
+    if name != "download":  # which needs no torch
+        COMMANDS[name]  # imports it
 
 
 def powerless():
@@ -70,7 +73,7 @@ def child(task):
         if task["powerless"]:
             powerless()
         if task["unloadable"]:
-            llama.generation.load = unloadable
+            Prepared.load = unloadable
         status = command_line(task["argv"])
         sys.stdout.flush()
         sys.stderr.flush()

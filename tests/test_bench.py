@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import tiny_args
 
-from llama import __main__
 from llama.checkpoint import random_checkpoint
 from llama.commands import bench
 from llama.commands import machine as limits
@@ -23,6 +22,7 @@ from llama.commands.bench import (
     measure,
     work_for,
 )
+from llama.commands.common import DEMO
 from llama.commands.machine import decode_bytes, prefill_operations
 from llama.engine import Engine
 from llama.engine.runner import PlainRunner
@@ -210,7 +210,7 @@ def test_numbers_as_typed():
 
 @pytest.mark.parametrize("json_flag", [[], ["--json"]])
 def test_the_command_prints_the_table_or_one_object(monkeypatch, shell, json_flag):
-    demo = Path(__main__.DEMO)
+    demo = Path(DEMO)
     if not (demo / "consolidated.00.pth").exists():
         pytest.skip("the demo has not been trained")
     usual = bench.work_for

@@ -185,3 +185,16 @@ def test_two_ranks_of_which_one_cannot_read_both_end_with_a_sentence():
     assert "reading the text failed on rank 0, whose own output says why\n" in said[1]
     assert not any("Traceback" in text for text in said)
     assert not any(process.stdout.read() for process in both)
+
+
+def test_what_one_process_does_for_all_is_done_by_the_first(variables, shell):
+    variables(RANK="0", WORLD_SIZE="2")
+    said = shell("verify")
+    assert said[0] == 0
+    assert said[1].endswith("all files are what the checklist says\n")
+    variables(RANK="1", WORLD_SIZE="2")
+    for words in (("verify",), ("tokenize", "hello"), ("info", "nowhere"), ("convert", *"abc")):
+        assert shell(*words) == (0, "", "")
+    variables(RANK="x")
+    error = "the environment says RANK='x', no whole number: unset it\n"
+    assert shell("verify") == (1, "", error)

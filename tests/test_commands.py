@@ -14,8 +14,8 @@ import torch
 from conftest import BYTES_VOCAB, tiny_args, write_tokenizer
 
 from llama import Llama
-from llama.__main__ import DEMO
 from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta
+from llama.commands.common import DEMO
 from llama.names import shapes
 
 ODD = ("1,2", "None", "{a: b}", '"x"', "[1]", "1e3", "True", "a b", "0x10", " x ", "é\n\n")
@@ -242,6 +242,38 @@ def test_reshard_casts(shell, folder, tmp_path):
     assert all(torch.equal(before[name].bfloat16(), after[name]) for name in before)
 
 
+def test_convert_does_what_reshard_does(shell, folder, tmp_path):
+    short = shell("reshard", folder, tmp_path / "a", 2, "--dtype", "bfloat16")
+    assert short[0] == 0
+    long = shell("convert", folder, tmp_path / "b", "--to", "meta", "--shards", 2, "--dtype=bf16")
+    assert (long[0], long[2]) == (0, "")
+    names = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["onnx"], "format 'onnx': use one of meta, hf, gguf"),
+        (["hf", "--quantize", "int8"], "quantize='int8': hf is written unquantized; use meta or"),
+        (["gguf", "--quantize", "int8"], "quantize='int8': for gguf use one of q8_0, q4_0"),
+        (["gguf", "--type", "q5_k"], "quantize='q5_k': for gguf use one of q8_0, q4_0"),
+        (["meta", "--quantize", "q8_0"], "quantize='q8_0': use one of int8, "),
+        (["meta", "--quantize=int8", "--shards=2"], "shards=2: quantized weights are one file"),
+        (["meta", "--quantize=int8", "--dtype=f32"], "dtype='f32': beside quantized weights"),
+        (["meta", "--device", "cpu"], "device='cpu': only --to meta with --quantize computes"),
+        (["hf", "--shards", "2"], "shards=2: only Meta's format is cut into shards"),
+    ],
+)
+def test_convert_says_what_does_not_go_together(shell, folder, tmp_path, flags, message):
+    status, out, error = shell("convert", folder, tmp_path / "x", *flags)
+    assert (status, out) == (1, "")
+    assert error.startswith(message)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_written_shard_is_what_torch_save_would_have_written(tmp_path):
     args = tiny_args(vocab_size=BYTES_VOCAB, tied=True)
     write_meta(random_checkpoint(args), tmp_path)
@@ -305,14 +337,14 @@ def test_reshard_that_is_interrupted_leaves_nothing(shell, folder, tmp_path, mon
 KILLED = """
 import os, sys
 from pathlib import Path
-from llama import __main__
+from llama.commands.convert import reshard
 rename = Path.replace
 def replace(part, final):
     rename(part, final)
     if final.name == "params.json":  # the last one
         os._exit(9)
 Path.replace = replace
-__main__.reshard(sys.argv[1], sys.argv[2], 2)
+reshard(sys.argv[1], sys.argv[2], 2)
 """
 
 
@@ -330,8 +362,8 @@ def test_reshard_holds_a_tensor_at_a_time(tmp_path):
     script = (
         "import re, sys\n"
         "from pathlib import Path\n"
-        "from llama import __main__\n"
         "from llama.checkpoint.meta import pth_write as pth\n"
+        "from llama.commands.convert import reshard\n"
         "def anonymous():\n"
         "    status = Path('/proc/self/status').read_text()\n"
         "    return int(re.search(r'RssAnon:\\s+(\\d+)', status)[1]) << 10\n"
@@ -341,7 +373,7 @@ def test_reshard_holds_a_tensor_at_a_time(tmp_path):
         "    plain(*args)\n"
         "    most = max(most, anonymous())\n"
         "pth._write, before = write, anonymous()\n"
-        "__main__.reshard(sys.argv[1], sys.argv[2], 1)\n"
+        "reshard(sys.argv[1], sys.argv[2], 1)\n"
         "print((most - before) / 2**20)\n"
     )
     command = [sys.executable, "-c", script, tmp_path / "a", tmp_path / "b"]

@@ -12,13 +12,13 @@ from llama import Llama
 from llama.checkpoint import open_checkpoint, random_checkpoint, write_meta, write_quantized
 from llama.commands.compare import (
     Difference,
-    compare,
     compare_all,
+    compare_two,
     decode_speed,
     table,
     weight_bytes,
 )
-from llama.commands.perplexity import score
+from llama.commands.scoring import score
 
 TEXT = "".join(chr(97 + i * i % 23) for i in range(400))
 
@@ -30,6 +30,14 @@ def folder(tmp_path_factory):
     write_meta(random_checkpoint(args, dtype=torch.float32), path)
     write_tokenizer(path / "tokenizer.model")
     return path
+
+
+def same_files(one, other):
+    """Whether two folders hold the same files, byte for byte."""
+    names = [sorted(file.name for file in folder.iterdir()) for folder in (one, other)]
+    return names[0] == names[1] and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in names[0]
+    )
 
 
 def built(folder, **options):
@@ -61,7 +69,7 @@ def test_both_scores_are_those_of_each_model_alone(folder):
     llama, other = built(folder, quantize="int4"), built(folder)
     for window, stride in ((64, 16), (300, None)):
         limits = {"window": window, "stride": stride}
-        found, ours, theirs = compare(llama, other, TEXT, **limits)
+        found, ours, theirs = compare_two(llama, other, TEXT, **limits)
         for each, result in ((llama, ours), (other, theirs)):
             alone = score(each, TEXT, **limits)
             assert result.tokens == alone.tokens == found.tokens == len(TEXT)
@@ -72,7 +80,7 @@ def test_both_scores_are_those_of_each_model_alone(folder):
         assert found.ratio == pytest.approx(ours.perplexity / theirs.perplexity, rel=1e-6)
         assert 0 < found.kl < 0.1
         assert 0.5 < found.same_top < 1
-    same = compare(other, built(folder), TEXT, window=64)[0]
+    same = compare_two(other, built(folder), TEXT, window=64)[0]
     assert (same.kl, same.same_top, same.largest, same.ratio) == (0, 1, 0, 1)
 
 
@@ -84,7 +92,7 @@ def test_few_logits_exist_at_one_time(folder, monkeypatch):
         monkeypatch.setattr(
             each.model, "logits", lambda h, plain=plain: rows.append(len(h)) or plain(h)
         )
-    compare(llama, other, TEXT, window=512)
+    compare_two(llama, other, TEXT, window=512)
     assert max(rows) == 256
     assert sum(rows) == 2 * len(TEXT)
 
@@ -93,11 +101,11 @@ def test_models_that_cannot_be_compared_are_refused(folder, tmp_path):
     write_meta(random_checkpoint(tiny_args(vocab_size=515, context_length=512)), tmp_path)
     write_tokenizer(tmp_path / "tokenizer.model", ["ab"])
     with pytest.raises(ValueError, match="different tokenizers, so they cannot be compared"):
-        compare(built(folder), built(tmp_path), TEXT, window=64)
+        compare_two(built(folder), built(tmp_path), TEXT, window=64)
     with pytest.raises(ValueError, match="the text is empty"):
-        compare(built(folder), built(folder), "", window=64)
+        compare_two(built(folder), built(folder), "", window=64)
     with pytest.raises(ValueError, match="window is 1"):
-        compare(built(folder), built(folder), TEXT, window=1)
+        compare_two(built(folder), built(folder), TEXT, window=1)
 
 
 def test_bytes_and_speed_are_those_of_the_model(folder):
@@ -147,6 +155,37 @@ def test_the_command_prints_several_recipes_beside_what_they_are_compared_with(
     assert error.startswith("quantize='int5': use one of")
 
 
+def test_perplexity_prints_the_table_of_compare_as_before(shell, folder, tmp_path):
+    file = tmp_path / "text"
+    file.write_text(TEXT)
+
+    def columns(name, *flags):
+        """The table without the speeds, which differ from run to run."""
+        given = (folder, file, "--window", 64, "--device", "cpu")
+        status, out, error = shell(name, *given, *flags)
+        assert (status, error) == (0, "")
+        return [re.sub(r"\s+\S+$", "", line) for line in out.splitlines()]
+
+    for flags in (
+        ("--quantize", "int8", "--quantize", "int4", "--against", folder),
+        ("--quantize", "int8"),
+        ("--against", folder),
+    ):
+        assert columns("compare", *flags) == columns("perplexity", *flags)
+    error = shell("compare", folder, file)[2]
+    assert error == "there is nothing to compare: give --quantize, or --against, or both\n"
+
+
+def test_the_page_of_compare_explains_each_column(shell, folder):
+    page = shell("compare", "--help")[1]
+    rows, _ = compare_all({"x": lambda: built(folder)}, "base", lambda: built(folder), TEXT,
+                          window=64)  # fmt: skip
+    titles = re.split(r"  +", table(rows)[0])
+    assert len(titles) == 8
+    for title in titles:
+        assert re.search(rf"^    {re.escape(title)}  ", page, re.M), title
+
+
 def test_the_commands_take_a_quantized_folder_and_make_one(shell, folder, tmp_path):
     packed = tmp_path / "packed"
     status, out, error = shell("quantize", folder, packed, "--quantize", "mixed", "--device", "cpu")
@@ -160,6 +199,9 @@ def test_the_commands_take_a_quantized_folder_and_make_one(shell, folder, tmp_pa
     said = [shell("complete", "abc", "--ckpt_dir", path, "--temperature", 0, *flags)[1]
             for path, flags in ((packed, ()), (folder, ("--quantize", "mixed")))]  # fmt: skip
     assert said[0] == said[1]
+    again = tmp_path / "again"
+    assert shell("convert", folder, again, "--to", "meta", "--quantize", "mixed", "--device", "cpu")
+    assert same_files(again, packed)
     status, out, _ = shell("convert", packed, tmp_path / "meta", "--format", "meta")
     assert status == 0
     assert open_checkpoint(tmp_path / "meta").dtype == torch.float32

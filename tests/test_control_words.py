@@ -32,7 +32,7 @@ from test_layouts import (
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import ChatFormat, Llama
-from llama.commands.perplexity import score
+from llama.commands.scoring import score
 from llama.text.choose import choose_format, open_tokenizer
 from llama.text.templates import LLAMA3_TEMPLATE, TemplateFormat
 

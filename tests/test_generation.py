@@ -1,13 +1,17 @@
 """Laws of `Llama`: text in, text out, whole or as a stream."""
 
 import logging
+import pydoc
 import random
+from dataclasses import fields
+from inspect import Parameter, signature
 
 import pytest
 import torch
 from conftest import BYTES_VOCAB, Scripted, says
 
-from llama import ChatFormat, Llama
+from llama import ChatFormat, Llama, SamplingParams
+from llama.options import Sampling
 from llama.text.streaming import AnswerText, join_pieces
 
 EOT = 256 + 9
@@ -343,3 +347,48 @@ def test_a_guard_s_verdict_ends_with_its_turn(scripted, byte_tokenizer, verdict)
     (answer,) = llama.chat_completion([dialog], temperature=0)
     assert answer["generation"]["content"] == verdict
     assert answer["finish_reason"] == "stop"
+
+
+# ---- options
+
+
+METHODS = [
+    *("generate", "text_completion", "chat_completion"),
+    *("stream_text_completion", "stream_chat_completion"),
+]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_lists_the_options_by_name_with_their_defaults(name):
+    parameters = signature(getattr(Llama, name)).parameters
+    defaults = {each.name: each.default for each in fields(SamplingParams)}
+    assert list(parameters)[-len(Sampling.__annotations__) :] == list(Sampling.__annotations__)
+    for option in Sampling.__annotations__:
+        assert parameters[option].kind is Parameter.KEYWORD_ONLY
+        assert parameters[option].default == defaults[option]
+    assert not any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values())
+    assert "min_p: float = 0.0" in pydoc.render_doc(getattr(Llama, name))
+
+
+def test_every_sampling_parameter_is_an_option_or_has_a_name_of_its_own():
+    elsewhere = {"temperature", "top_p", "max_tokens", "stop_token_ids"}
+    elsewhere |= {"logprobs", "prompt_logprobs"}
+    assert {each.name for each in fields(SamplingParams)} == {*Sampling.__annotations__} | elsewhere
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("topk", "has no argument topk: did you mean top_k?"),
+        ("max_tokens", "has no argument max_tokens: did you mean max_gen_len?"),
+        ("temprature", "has no argument temprature: did you mean temperature?"),
+        ("xyz", "has no argument xyz"),
+    ],
+)
+def test_a_wrong_name_is_a_type_error_that_names_the_nearest(tiny_llama, name, wrong, said):
+    llama = tiny_llama()
+    with pytest.raises(TypeError, match="has no argument") as raised:
+        getattr(llama, name)([], **{wrong: 1})
+    assert str(raised.value) == f"Llama.{name}() {said}"
+    assert llama.engine.steps == 0

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer as Theirs
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
-from llama.__main__ import convert
 from llama.checkpoint import open_checkpoint, random_checkpoint, write_hf, write_meta
 from llama.checkpoint.hf.config import config_of, read_config
 from llama.checkpoint.hf.read import hf_name
 from llama.checkpoint.meta.params import params_of
+from llama.commands.convert import convert
 from llama.loading import load
 from llama.model import ModelArgs, RopeScaling, rope_frequencies
 from llama.names import local_slice
@@ -591,9 +591,9 @@ def test_convert_there_and_back(folders, capsys):
     ).read_bytes()
     assert "parameters" in capsys.readouterr().out
     for options, message in (
-        (dict(format="onnx"), "format 'onnx': use one of meta, hf"),
-        (dict(format="hf", shards=2), "shards=2: only Meta's format"),
-        (dict(format="hf", dtype="int3"), "dtype='int3': use one of float32"),
+        (dict(to="onnx"), "format 'onnx': use one of meta, hf"),
+        (dict(to="hf", shards=2), "shards=2: only Meta's format"),
+        (dict(to="hf", dtype="int3"), "dtype='int3': use one of float32"),
     ):
         with pytest.raises(ValueError, match=message):
             convert(str(folders / "meta"), str(folders / "d"), **options)

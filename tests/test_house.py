@@ -28,7 +28,7 @@ FLOORS = (
     {"terminal", "meeting", "sampling_params", "args"},
     {"cache", "parallel", "sampling", "files"},
     {"model", "tokenizer"},
-    {"names", "text", "engine"},
+    {"names", "text", "engine", "options"},
     {"quantization", "download"},
     {"checkpoint", "cpu", "cuda"},  # side by side: none knows another
     {"loading"},
@@ -46,9 +46,11 @@ ONLY = {  # of our own rooms
     "files": {"terminal"},
     "download": {"files", "terminal"},
     "engine": {"model", "cache", "sampling", "sampling_params"},
-    "generation": {"args", "engine", "loading", "model", "sampling_params", "text", "tokenizer"},
+    "generation": {"args", "engine", "loading", "model", "options", "sampling_params"}
+    | {"text", "tokenizer"},
     "__main__": {"commands", "terminal"},
 }
+COMMANDS_OF_DEVICES = ("llama.commands.info", "llama.commands.common")
 LAZY = {"loading", "commands"}  # may reach for llama.cuda inside a function
 NO_TORCH = (
     *("llama.args", "llama.sampling_params", "llama.tokenizer", "llama.text", "llama.files"),
@@ -56,7 +58,7 @@ NO_TORCH = (
     *("llama.commands.download", "llama.download"),
 )
 REQUIRED = {"torch", "fairscale", "fire", "tiktoken", "blobfile"}
-WITH_THEM = {"numpy", "jinja2", "requests", "regex"}  # what the required ones bring along
+WITH_THEM = {"numpy", "jinja2", "requests", "regex", "typing_extensions"}  # come with these
 PROGRAMS = ("llama.__main__", "llama.commands", "llama.demo")  # what people run: may print
 
 
@@ -118,6 +120,8 @@ def test_the_model_page_imports_little():
 def test_only_parallel_reads_the_environment(module):
     # torch is deterministic on a GPU only with this variable, which training therefore sets
     allowed = {"CUBLAS_WORKSPACE_CONFIG"} if module == "llama.demo.train" else set()
+    if module == "llama.commands.common":
+        allowed = {"RANK"}  # which process acts for all, without waiting for torch
     if module == "llama.commands.download":
         allowed = {"PRESIGNED_URL"}  # a secret, which a command line would show to everybody
     for node in ast.walk(TREES[module]):
@@ -130,8 +134,9 @@ def test_only_parallel_reads_the_environment(module):
 @pytest.mark.parametrize("module", sorted(set(SOURCES) - {"llama.parallel"}))
 def test_no_device_is_written_into_the_code(module):
     """`device.type == "cuda"` asks, and is allowed; anything else would run on NVIDIA only."""
-    if (
-        house.room_of(module) == "cuda" or module == "llama.commands.info"
+    if house.room_of(module) == "cuda" or module in (
+        "llama.commands.info",
+        "llama.commands.common",
     ):  # which adds up what a GPU would need
         return
     for value, around in strings(TREES[module]):

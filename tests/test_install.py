@@ -1,5 +1,6 @@
 """What `pip install -e .` brings, and that nothing else is needed; Meta's calls, as they stand."""
 
+import importlib
 import os
 import re
 import runpy
@@ -11,6 +12,9 @@ from types import ModuleType
 
 import pytest
 from conftest import outcome
+
+import llama
+from llama.commands import main
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
@@ -46,6 +50,11 @@ def test_pip_installs_the_five_packages_and_what_they_need(monkeypatch):
     monkeypatch.setitem(sys.modules, "setuptools", stand_in)
     runpy.run_path(str(ROOT / "setup.py"))
     assert given["install_requires"] == lines
+    assert given["version"] == llama.__version__
+    (script,) = given["entry_points"]["console_scripts"]
+    name, module, function = re.fullmatch(r"(\w+) = ([\w.]+):(\w+)", script).groups()
+    assert name == "llama"
+    assert getattr(importlib.import_module(module), function) is main
     optional = {name_of(each) for extra in given["extras_require"].values() for each in extra}
     assert not optional & FIVE
 
@@ -87,13 +96,14 @@ except ModuleNotFoundError:
     pass
 assert "pytest" in tried, "nothing is refused"
 
-from llama import Llama, __main__
+from llama import Llama
+from llama.commands import main
 llama = Llama.build(sys.argv[1], max_seq_len=64, device="cpu")
 print(llama.text_completion(["The capital of Italy is"], 0, max_gen_len=4)[0]["generation"])
 dialog = [{"role": "user", "content": "What is 17 + 25?"}]
 print(llama.chat_completion([dialog], 0)[0]["generation"]["content"])
 sys.argv = ["llama", "tokenize", "hello"]
-__main__.main()
+main()
 """
 
 
@@ -114,6 +124,15 @@ def test_nothing_but_the_five_and_what_they_bring_is_needed():
     assert answered == "17 + 25 = 42."
     assert tokens
     assert done.stderr == ""
+
+
+def test_the_console_script_is_called_by_its_own_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/llama", "verify", "--help"])
+    main()
+    assert capsys.readouterr().out.startswith("llama verify [CKPT_DIR] ")
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "llama" / "__main__.py")])
+    main()
+    assert capsys.readouterr().out.startswith("python -m llama COMMAND ")
 
 
 # The calls that the scripts of Meta's repository make, with their names and keywords.

@@ -12,9 +12,10 @@ import torch
 from conftest import tiny_args, write_tokenizer
 from test_model import transformers_twin
 
-from llama import ChatFormat, Llama, ModelArgs, Tokenizer, __main__
+from llama import ChatFormat, Llama, ModelArgs, Tokenizer
 from llama.checkpoint import convert, open_checkpoint, random_checkpoint, write_meta
 from llama.checkpoint.meta.params import complete
+from llama.commands.info import info
 from llama.text.choose import chat_format, open_tokenizer
 from llama.text.llama2 import REFUSAL, TAGS, Llama2ChatFormat, RefusedDialog
 from llama.text.sentencepiece import SentencePieceTokenizer
@@ -611,7 +612,7 @@ def test_rows_without_a_token_are_padding_and_no_text(tmp_path, path, tokenizer,
 
 
 def test_info_knows_these_files(folder, capsys):
-    __main__.info(str(folder))
+    info(str(folder))
     said = capsys.readouterr().out
     assert re.search(r"context +4096 tokens\n", said)
     assert re.search(r"on disk +1 shard, float16\n", said)

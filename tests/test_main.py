@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import BYTES_VOCAB, tiny_args
 
-from llama import __main__
+from llama import loading
 from llama.checkpoint import random_checkpoint, write_meta
-from llama.commands import info as inspection
+from llama.commands import COMMANDS, main
+from llama.commands.info import info
 from llama.model import ModelArgs
 
 ODD = ("1,2", "None", "{a: b}", '"x"', "[1]", "1e3", "True", "a b", "0x10")
@@ -116,15 +117,15 @@ def written(folder, shards=1, dtype=torch.bfloat16, **changes):
 
 def test_no_command_lists_the_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["llama"])
-    __main__.main()
+    main()
     said = capsys.readouterr().out
-    for name, command in __main__.COMMANDS.items():
+    for name, command in COMMANDS.items():
         assert re.search(rf"^  {name} +{command.__doc__.splitlines()[0]}$", said, re.M)
 
 
 def test_info_says_what_lies_there_and_what_it_takes(tmp_path, capsys):
     written(tmp_path, shards=2)
-    __main__.info(str(tmp_path), max_batch_size=2, max_seq_len=1000, model_parallel_size=2)
+    info(str(tmp_path), max_batch_size=2, max_seq_len=1000, model_parallel_size=2)
     said = table(capsys.readouterr().out)
     assert said["family"] == "a Llama of its own shape"
     assert said["parameters"] == "160,064"
@@ -140,11 +141,11 @@ def test_info_says_what_lies_there_and_what_it_takes(tmp_path, capsys):
 
 def test_info_names_rope_scaling_dtype_and_mapped_weights(tmp_path, capsys):
     written(tmp_path, use_scaled_rope=True)
-    __main__.info(str(tmp_path))
+    info(str(tmp_path))
     said = table(capsys.readouterr().out)
     assert said["rope scaling"] == "factor 8, low 1, high 4, original context 8192"
     assert "mapped" in said["on a CPU"]
-    __main__.info(str(tmp_path), dtype="float32")
+    info(str(tmp_path), dtype="float32")
     said = table(capsys.readouterr().out)
     assert said["each rank"].startswith("float32, ")
     assert "mapped" not in said["on a CPU"]
@@ -153,7 +154,7 @@ def test_info_names_rope_scaling_dtype_and_mapped_weights(tmp_path, capsys):
 def test_info_says_what_would_fit_where_the_limits_do_not(tmp_path, capsys):
     written(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        __main__.info(str(tmp_path), max_batch_size=2**30)
+        info(str(tmp_path), max_batch_size=2**30)
     assert ended.value.code == 1
     assert re.search(
         r"not enough memory on cpu: .*what fits: max_batch_size=", capsys.readouterr().out
@@ -163,8 +164,8 @@ def test_info_says_what_would_fit_where_the_limits_do_not(tmp_path, capsys):
 def test_info_knows_the_released_models(monkeypatch, capsys):
     shape = dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, vocab_size=128256)
     args = ModelArgs(**shape, ffn_dim_multiplier=1.5, use_scaled_rope=True, tied=True)
-    monkeypatch.setattr(inspection, "open_checkpoint", lambda folder: random_checkpoint(args))
-    __main__.info("anywhere", max_batch_size=4)
+    monkeypatch.setattr(loading, "open_checkpoint", lambda folder, **_: random_checkpoint(args))
+    info("anywhere", max_batch_size=4)
     said = table(capsys.readouterr().out)
     assert said["family"] == "Llama 3.2 1B"
     assert said["parameters"] == "1,235,814,400"
@@ -209,10 +210,10 @@ def test_info_reads_no_weights_and_touches_no_gpu(tmp_path):
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 100 << 20
     script = (
         "import sys, torch\n"
-        "from llama import __main__\n"
+        "from llama.commands.info import info\n"
         "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
         "before = resident()\n"
-        "__main__.info(sys.argv[1])\n"
+        "info(sys.argv[1])\n"
         "assert resident() - before < 30 << 20, (before, resident())\n"
         "assert not torch.cuda.is_initialized()\n"
     )

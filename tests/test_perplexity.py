@@ -9,7 +9,7 @@ import torch
 
 from llama import Llama
 from llama.cache import Batch
-from llama.commands.perplexity import Score, check_window, score, windows
+from llama.commands.scoring import Score, check_window, score, windows
 from llama.demo.world.corpus import held_out_text
 
 DEMO = Path(__file__).parent.parent / "llama" / "demo"

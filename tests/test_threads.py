@@ -19,7 +19,7 @@ from test_engine_faults import AtLine, interrupt
 
 import llama.generation
 from llama import Llama
-from llama.parallel import ONE
+from llama.engine import owner
 from llama.sampling import SamplingParams
 
 BAD = 77  # a token that the model makes no numbers of
@@ -194,7 +194,7 @@ def test_a_stream_that_is_thrown_away_takes_no_lock(shared):
     held, done = threading.Event(), threading.Event()
 
     def hold():
-        with llama.engine._stepping, llama._turn:
+        with llama.engine._stepping, llama.owner._lock:
             held.set()
             done.wait(30)
 
@@ -230,7 +230,7 @@ class Endless(Exception):
 def interrupted_then_again(shared, lines):
     prompts = [[5, 6, 7], [9, 10]]
     expected = shared().generate(prompts, 4, 0)[0]
-    paths = (llama.generation.__file__,)
+    paths = (llama.generation.__file__, owner.__file__)
     for at in lines:
         model = shared(seed=0)
         with AtLine(at, interrupt, paths) as hit, contextlib.suppress(KeyboardInterrupt):
@@ -258,7 +258,7 @@ def test_a_call_that_is_interrupted_at_every_line_leaves_nothing_behind(shared):
 def test_of_several_ranks_one_thread_calls(tiny_llama):
     """Ranks would see the calls of several threads in different orders."""
     llama = tiny_llama()
-    llama.model.ranks = replace(ONE, size=2)
+    llama.owner.ranks = 2
     stream = llama.stream([[1, 2]], SamplingParams(temperature=0, max_tokens=20))
     next(stream)
     errors = []
@@ -428,11 +428,11 @@ def test_a_stream_keeps_the_seed_of_its_params_and_hands_out_alternatives(tiny_l
 
 
 def test_a_thread_that_was_interrupted_at_any_line_holds_nobody_up(shared, monkeypatch):
-    monkeypatch.setattr(llama.generation, "PATIENCE", 0.05)
+    monkeypatch.setattr(owner, "PATIENCE", 0.05)
     expected = shared().generate([[5, 6, 7]], 3, 0)
-    paths = (llama.generation.__file__,)
-    first, count = inspect.getsourcelines(Llama._step)[1], 0
-    stops = {first + at for at in range(len(inspect.getsourcelines(Llama._step)[0]))}
+    paths = (llama.generation.__file__, owner.__file__)
+    first, count = inspect.getsourcelines(owner.Owner._step)[1], 0
+    stops = {first + at for at in range(len(inspect.getsourcelines(owner.Owner._step)[0]))}
     for at in range(1, 10**6):
         model = shared()
         with AtLine(at, interrupt, paths) as hit, contextlib.suppress(KeyboardInterrupt):
@@ -440,7 +440,7 @@ def test_a_thread_that_was_interrupted_at_any_line_holds_nobody_up(shared, monke
         if hit.hit is None:
             break
         name, line = hit.hit.split(":")
-        if name != "generation.py" or int(line) not in stops:
+        if name != "owner.py" or int(line) not in stops:
             continue
         count += 1
         got = []

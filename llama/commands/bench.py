@@ -1,4 +1,4 @@
-"""How fast a model runs on this machine, as a share of what the machine itself can do.
+"""`bench`: how fast a model runs on this machine, as a share of what the machine itself can do.
 
 Times the engine's own loop: decode, prefill, and from the start of the process to the 16th token.
 Refuses to know kernels and text: prompts are random ids. The surprising thing: before decode is
@@ -6,11 +6,11 @@ timed, its prompts are run for a single token each, and then submitted again to 
 has their keys; so all rows begin at the same step, with equally many keys.
 """
 
+import json as json_format
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -27,123 +27,71 @@ from llama.commands.machine import (
     release,
     times,
 )
+from llama.commands.work import GIB, SHAPES, VOCAB, Report, Timing, Work, lines, work_for
 from llama.engine import Engine, Request
 from llama.loading import free_memory, make_plan, prepare
 from llama.loading.runners import runner_for
 from llama.loading.settings import CHUNK_ROWS, as_dtype, dtype_name
 from llama.model import Transformer
-from llama.parallel import join
+from llama.parallel import join, local_device
 from llama.quantization.packed import Format
 from llama.sampling import SamplingParams
 from llama.terminal.progress import progress
-
-VOCAB = 128256  # Llama 3's
-SHAPES: dict[str, dict[str, Any]] = {
-    "1B": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, multiple_of=256,
-               ffn_dim_multiplier=1.5, tied=True, use_scaled_rope=True),
-    "3B": dict(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, multiple_of=256,
-               ffn_dim_multiplier=1.0, tied=True, use_scaled_rope=True),
-    "8B": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024,
-               ffn_dim_multiplier=1.3),
-    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096,
-                ffn_dim_multiplier=1.3),
-}  # fmt: skip
 
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=0.6, top_p=0.9, seed=0)
 WARM = 4  # steps before those that are timed
 SPARE = 8  # tokens of room behind the last one: an engine may run ahead of its events
 WINDOWS, FIRST_PROMPT, FIRST_TOKENS = 4, 128, 16
-PRODUCT = (2048, 4096, 14336)
-GIB = 2**30
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What is measured: decode of each of `rows` at each of `contexts`, prefill of `lengths`.
-
-    `buffer` bytes are read for the bandwidth, and the product has the sizes `product`.
-    """
-
-    rows: tuple[int, ...]
-    contexts: tuple[int, ...]
-    lengths: tuple[int, ...]
-    steps: int = 64
-    buffer: int = GIB
-    product: tuple[int, int, int] = PRODUCT
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "contexts", "lengths"):
-            for number in getattr(self, name):
-                if number < 1:
-                    raise ValueError(f"--{name} has {number}; it must be whole numbers above 0")
-        if self.steps < 1:
-            raise ValueError(f"--steps is {self.steps}; it must be a whole number above 0")
-
-
-def work_for(
-    device: torch.device,
+def bench(
+    ckpt_dir: str | None = None,
+    *,
+    shape: str | None = None,
     rows: str | None = None,
     contexts: str | None = None,
     lengths: str | None = None,
     steps: int | None = None,
-) -> Work:
-    """The work of one run from numbers as they are typed, "1,8"; None is what suits the device."""
-    if device.type == "cuda":
-        usual = Work(rows=(1, 8, 32, 128), contexts=(128, 4096), lengths=(512, 2048, 8192),
-                     buffer=4 * GIB)  # fmt: skip
-    else:
-        usual = Work(rows=(1, 8), contexts=(128,), lengths=(512,), steps=16)
-    return replace(
-        usual,
-        rows=_numbers("rows", rows) or usual.rows,
-        contexts=_numbers("contexts", contexts) or usual.contexts,
-        lengths=_numbers("lengths", lengths) or usual.lengths,
-        steps=usual.steps if steps is None else steps,
+    json: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    kernels: bool = True,
+) -> None:
+    """Measure how fast a model runs here, as a share of what this machine can do.
+
+    `share` is of the time that reading the weights and the cache once would take (decode), or the
+    products alone (prefill), at the speeds measured above it. What does not fit is left out.
+
+        python -m llama bench llama/demo
+        python -m llama bench --shape 8B --rows 1,8,32 --quantize int4
+
+    Args:
+        ckpt_dir: folder of weights, Meta's or Hugging Face's, or a .gguf file; needed without
+            --shape.
+        shape: 1B, 3B, 8B or 70B, in place of a folder: random weights, made on the device.
+        rows: sequences that decode at one time, such as 1,8,32.
+        contexts: tokens that each of them has before it decodes, such as 128,4096.
+        lengths: tokens of the prompts whose prefill is measured, such as 512,2048.
+        steps: steps of decode that are timed. What is not given suits the device.
+        dtype: float32, bfloat16 or float16; by default the checkpoint's own, for a shape bfloat16.
+        kernels: whether an NVIDIA GPU runs this library's kernels, or the plain model.
+    """
+    on = local_device(device)
+    work = work_for(on, rows, contexts, lengths, steps)
+    name, checkpoint = choose(ckpt_dir, shape, work, on, dtype)
+    report = measure(
+        name,
+        checkpoint,
+        work,
+        device=on,
+        dtype=as_dtype(dtype),
+        quantize=quantize,
+        kernels=kernels,
+        show_progress=True,
     )
-
-
-def _numbers(name: str, text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return ()
-    words = [word.strip() for word in text.strip("()[], ").split(",")]
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise ValueError(f"--{name} is {text!r}; it must be whole numbers above 0, as in 1,8,32")
-    return tuple(map(int, words))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """One line of the table. `seconds` are of a step in decode, of the prompt in prefill; `share`
-    is of the limit; `memory` bytes are in use, `above` of them for neither weights nor cache."""
-
-    name: str
-    rows: int
-    tokens: int  # context in decode, prompt in prefill
-    temperature: float
-    steps: int
-    seconds: float
-    tokens_per_second: float
-    share: float
-    memory: int | None
-    above: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    model: str
-    parameters: int
-    device: str
-    dtype: str
-    bandwidth: float  # bytes per second
-    operations: float  # per second, in matrix products
-    buffer: int  # bytes that were read for the bandwidth
-    product: tuple[int, int, int]
-    start: float | None  # seconds to the 16th token
-    loading: float | None  # seconds of them until the weights were in place
-    decode: list[Timing] = field(default_factory=list)
-    prefill: list[Timing] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    print(json_format.dumps(asdict(report)) if json else "\n".join(lines(report)))
 
 
 # ---- the engine's loop
@@ -373,48 +321,3 @@ def _engine(
 ) -> Engine:
     runner = runner_for(model, max_batch_size=rows, max_seq_len=room, kernels=kernels)
     return Engine(runner, chunk=CHUNK_ROWS, reuse=reuse)
-
-
-# ---- the table
-
-
-def lines(report: Report) -> list[str]:
-    """The report for people, a line each."""
-    n, k, m = report.product
-    told = [
-        f"model     {report.model}, {report.parameters:,} parameters, {report.dtype}",
-        f"device    {report.device}",
-        f"reading   {_short(report.bandwidth)}B/s, a buffer of {_short(report.buffer)}B",
-        f"products  {_short(report.operations)}FLOP/s, {n} x {k} x {m}",
-    ]
-    if report.start is not None and report.loading is not None:
-        told.append(
-            f"start     {report.start:.2f} s to the 16th token, the weights were there after "
-            f"{report.loading:.2f} s"
-        )
-    parts = (("decode", "ms a step", report.decode), ("prefill", "ms", report.prefill))
-    width = max((len(t.name) for _, _, timings in parts for t in timings), default=0)
-    for title, unit, timings in parts:
-        if timings:
-            head = (
-                f"{'tokens/s':>10}  {unit:>10}  {'share':>7}  {'memory, GB':>10}  {'above, GB':>9}"
-            )
-            told += ["", f"{title:{width}}  {head}".rstrip()]
-        for t in timings:
-            memory, above = (
-                "-" if size is None else f"{size / 1e9:.2f}" for size in (t.memory, t.above)
-            )
-            told.append(
-                f"{t.name:{width}}  {t.tokens_per_second:10.1f}  {1000 * t.seconds:10.3f}  "
-                f"{100 * t.share:5.1f} %  {memory:>10}  {above:>9}"
-            )
-    return told + ([""] if report.left_out else []) + [f"left out: {w}" for w in report.left_out]
-
-
-def _short(number: float) -> str:
-    """4.53 T, 802 M: with a prefix, before a unit."""
-    for prefix in "", "k", "M", "G":
-        if number < 999.5:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number:.3g} T"

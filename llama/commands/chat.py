@@ -1,4 +1,4 @@
-"""A conversation in a terminal: messages and commands in, answers as they come.
+"""`chat`: a conversation in a terminal. Messages and commands in, answers as they come.
 
 Ties the conversation to the engine and the terminal; refuses to know how either works. The
 surprising thing: with several ranks only the first one is here. The engines of the others follow
@@ -7,6 +7,7 @@ its engine; so Ctrl-C stops all of them after the same token.
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
@@ -14,10 +15,11 @@ from pathlib import Path
 
 from torch import OutOfMemoryError
 
+from llama.commands.common import DEMO, positive
 from llama.engine import Request
 from llama.generation import Llama
 from llama.sampling import SamplingParams
-from llama.terminal.arguments import sentence
+from llama.terminal.arguments import as_typed, sentence
 from llama.terminal.lines import Terminal, Unseen
 from llama.text.conversation import Conversation
 from llama.text.streaming import IncrementalDecoder
@@ -323,7 +325,7 @@ def _path(text: str, command: str) -> Path:
     return Path(text).expanduser()
 
 
-def chat(llama: Llama, params: SamplingParams, system: str | None = None, hello: str = "") -> bool:
+def talk(llama: Llama, params: SamplingParams, system: str | None = None, hello: str = "") -> bool:
     """Talk at this process's terminal, or follow the rank that does; `hello` is said at first.
 
     Whether all went well: False where nobody is there to see that a line failed, and one did.
@@ -340,3 +342,50 @@ def chat(llama: Llama, params: SamplingParams, system: str | None = None, hello:
     if terminal.closed:
         terminal.note("standard input is closed: there is nothing to answer")
     return terminal.interactive or not (one.failed or terminal.closed)
+
+
+def chat(
+    ckpt_dir: str = DEMO,
+    *,
+    tokenizer_path: str | None = None,
+    max_seq_len: int | None = None,
+    max_gen_len: int | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    seed: int = 1,
+    system: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+) -> None:
+    """Talk with a model in the terminal, or line by line through a pipe.
+
+    Answers stream, and Ctrl-C stops one. /help lists what else can be typed. Through a pipe each
+    line is a message, and standard output has the answers only.
+
+        python -m llama chat
+        python -m llama chat Meta-Llama-3-8B-Instruct --system "Answer in one word."
+
+    Args:
+        max_seq_len: tokens of the conversation that the model sees; what Llama.build takes.
+        max_gen_len: tokens of an answer at most; by default all that there is room for.
+        system: the system prompt.
+    """
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, max_tokens=positive(max_gen_len, "max_gen_len")
+    )
+    as_typed(system or "", "--system")
+    llama = Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+    )
+    about = "The demo, which knows a very small world. " if ckpt_dir == DEMO else ""
+    room = llama.model.params.max_seq_len
+    hello = f"{about}{room} tokens of context. /help lists what else can be done."
+    if not talk(llama, params, system, hello):
+        sys.exit(1)  # stderr has the sentences

@@ -1,7 +1,7 @@
-"""What quantization costs: a text scored by two models at one time, and how their logits differ.
+"""`compare`: what quantization costs. A text scored by two models at one time, and how they differ.
 
-Knows two built models and sums; refuses to know how either came about. The surprising thing: the
-error of a difference is small where that of each perplexity is large, since both models find the
+Sums over their logits; refuses to know how weights are quantized. The surprising thing: the error
+of a difference is small where that of each perplexity is large, since both models find the
 same words hard; so differences are summed token by token.
 
 Letters: M tokens of a slice, V vocabulary.
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +20,97 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.cache import Batch
-from llama.commands.perplexity import Score, begin_of, check_window, score, windows
+from llama.commands.scoring import (
+    Score,
+    Task,
+    begin_of,
+    check_window,
+    score,
+    task,
+    windows,
+)
 from llama.generation import Llama
+from llama.quantization import formats_of
 from llama.sampling import SamplingParams
+from llama.terminal.arguments import SEVERAL
 from llama.terminal.progress import progress
 
 _ROWS = 256  # tokens whose logits exist at one time
 _DECODED = 32  # tokens by which the speed is measured
+
+
+def compare(
+    ckpt_dir: str,
+    text_file: str,
+    *,
+    tokenizer_path: str | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize: SEVERAL = (),
+    against: str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Say what quantization costs: models beside each other, on one text.
+
+    Prints a table with a row for each --quantize, or for ckpt_dir as it is stored:
+
+        weights        how they are quantized, or the folder
+        bytes          of the weights in memory, on this rank
+        perplexity     of the text, lower is better
+        tokens/s       of one sequence that decodes
+
+    and where --against names a model to compare them with, whose row then comes first:
+
+        more           by how much the perplexity is larger than that model's, with the standard
+                       error of this difference, token by token
+        KL divergence  of that model's probabilities from these, in nats a token; 0: the same
+        same top       tokens for which both find the same next one the most probable
+        largest        difference of two logits
+
+        python -m llama compare llama/demo FILE --quantize int8 --quantize int4 --against llama/demo
+
+    Args:
+        quantize: int8, fp8, int4, mixed, or formats by part of the model, as JSON; may be given
+            several times, for a row each.
+        against: folder of weights that each row is compared with: ckpt_dir itself, or another.
+        plot: file to draw quality against size to, .png, .pdf or .svg.
+    """
+    if not quantize and against is None:
+        raise ValueError("there is nothing to compare: give --quantize, or --against, or both")
+    work = task(
+        ckpt_dir,
+        text_file,
+        tokenizer_path=tokenizer_path,
+        window=window,
+        stride=stride,
+        device=device,
+        dtype=dtype,
+        against=against,
+    )
+    show_table(work, ckpt_dir, quantize, against, plot)
+
+
+def show_table(
+    work: Task, ckpt_dir: str, quantize: SEVERAL, against: str | None, plot_file: str | None
+) -> None:
+    """Score a text with each model, print the table and draw the plot; arguments as of `compare`,
+    of which all may be None."""
+    for recipe in quantize:
+        formats_of(recipe, work.args)  # says what is wrong before much is done
+    if plot_file is not None:
+        check_plot(plot_file)
+    makers = {recipe: partial(work.build, ckpt_dir, quantize=recipe) for recipe in quantize}
+    makers = makers or {ckpt_dir: partial(work.build, ckpt_dir)}
+    base = None if against is None else partial(work.build, against)
+    rows, is_main = compare_all(
+        makers, against, base, work.text, window=work.window, stride=work.stride
+    )
+    if is_main:
+        print("\n".join(table(rows)))
+    if is_main and plot_file is not None:
+        plot(rows, plot_file)
 
 
 @dataclass
@@ -90,7 +175,7 @@ class Row:
     difference: Difference | None = None
 
 
-def compare(
+def compare_two(
     llama: Llama,
     other: Llama,
     text: str,
@@ -186,7 +271,7 @@ def compare_all(
     """A row for each of several models, made one after the other, and whether this rank prints.
 
     Where `make_other` makes one to compare them with, that one stays beside them, and its own row,
-    called `name`, comes first. Raises ValueError as `compare` and `score` do.
+    called `name`, comes first. Raises ValueError as `compare_two` and `score` do.
     """
     rows: list[Row] = []
     other = None if make_other is None else make_other()
@@ -198,7 +283,7 @@ def compare_all(
             alone = score(llama, text, window=window, stride=stride, show_progress=is_main)
             rows.append(_row(title, llama, alone))
             continue
-        difference, result, base = compare(
+        difference, result, base = compare_two(
             llama, other, text, window=window, stride=stride, show_progress=is_main
         )
         if not rows:
@@ -241,7 +326,7 @@ def _cells(row: Row, compared: bool) -> list[str]:
     return [*cells, f"{row.speed:.1f}"]
 
 
-# --- the plot -------------------------------------------------------------------------------------
+# ---- the plot
 
 
 def check_plot(file: str | Path) -> None:

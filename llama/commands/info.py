@@ -1,19 +1,18 @@
-"""What lies in a folder of weights, and what running it would take: the rows of `info`.
+"""`info`: what lies in a folder of weights, and what running it would take.
 
-Refuses to print and to run. The surprising thing: `inspect` reads no weights and touches no GPU, so
+Refuses to run it. The surprising thing: `inspect` reads no weights and touches no GPU, so
 it answers at once for any model, also for one that this machine could never hold.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from llama.args import RopeScaling
-from llama.checkpoint import open_checkpoint
-from llama.checkpoint.gguf.read import find_gguf, is_gguf
+from llama.commands.common import say
 from llama.loading import Prepared, prepare
 from llama.loading.memory import UNKNOWN, free_memory
 from llama.loading.plan import check, is_mapped, make_plan
@@ -21,8 +20,30 @@ from llama.loading.settings import CHUNK_ROWS, dtype_name
 from llama.parallel import Ranks
 from llama.quantization import check_ranks
 from llama.quantization.packed import Format
-from llama.text.choose import open_tokenizer
-from llama.tokenizer.protocols import TextTokenizer
+
+
+def info(
+    ckpt_dir: str,
+    *,
+    max_batch_size: int = 1,
+    max_seq_len: int | None = None,
+    dtype: str | None = None,
+    model_parallel_size: int = 1,
+    quantize: str | None = None,
+) -> None:
+    """Say what lies in a folder of weights, and what running it would take.
+
+    Reads no weights and touches no GPU. Ends with status 1 where main memory does not suffice.
+
+        python -m llama info llama/demo --max_batch_size 4
+
+    Args:
+        model_parallel_size: processes that share the model.
+    """
+    report = inspect(ckpt_dir, max_batch_size, max_seq_len, dtype, model_parallel_size, quantize)
+    say(report.rows)
+    if not report.fits:
+        sys.exit(1)
 
 
 class Report(NamedTuple):
@@ -68,33 +89,6 @@ def inspect(
         "ranks that work": ", ".join(map(str, args.rank_counts())),
     }
     return Report(rows | memory.rows, memory.fits)
-
-
-def tokenizer_alone(ckpt_dir: str, tokenizer_path: str | None = None) -> TextTokenizer:
-    """The tokenizer at the path, or that of a folder or a .gguf file, which need hold no weights.
-
-    Raises FileNotFoundError where there is none.
-    """
-    if tokenizer_path is not None:
-        return open_tokenizer(tokenizer_path)
-    path = Path(ckpt_dir)
-    names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
-    if any(path.glob("consolidated.*.pth")):
-        names = [*names[1:], names[0]]
-    if path.is_file():
-        inside = is_gguf(path)
-    else:
-        inside = path.is_dir() and not any((path / name).is_file() for name in names)
-        inside = inside and find_gguf(path) is not None
-    if inside:
-        found = open_checkpoint(ckpt_dir).open_tokenizer()
-        if found is not None:
-            return found
-        raise FileNotFoundError(f"no tokenizer in {ckpt_dir}; give tokenizer_path")
-    for name in names:
-        if (Path(ckpt_dir) / name).is_file():
-            return open_tokenizer(Path(ckpt_dir) / name)
-    raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
 
 
 def _memory(prepared: Prepared, size: int) -> Report:

@@ -1,130 +1,52 @@
-"""How well a model expects a text: negative log likelihood by sliding windows, and what follows.
+"""`perplexity`: how well a model expects a text, in a few numbers."""
 
-Scores through the engine and keeps sums only, so memory does not grow with the text. Refuses to
-know files. The surprising thing: every window begins with the begin-of-text token, wherever in the
-text it lies, since a model has never seen a beginning without it; unless its tokenizer has none.
-"""
-
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
-
-from llama.generation import Llama
-from llama.terminal.progress import progress
+from llama.commands.common import say
+from llama.commands.compare import show_table
+from llama.commands.scoring import score, task
+from llama.terminal.arguments import SEVERAL
 
 
-@dataclass(frozen=True)
-class Score:
-    """Of `tokens` tokens, which stand for `size` bytes of text: `total` nats, and of their squares.
+def perplexity(
+    ckpt_dir: str,
+    text_file: str,
+    *,
+    tokenizer_path: str | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize: SEVERAL = (),
+    against: str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Say how well a model expects a text.
 
-    The standard errors take the tokens for independent, which neighbours in a text are not quite.
+    Moves a window over the text, and prints the mean with its standard error, the perplexity and
+    the bits per byte.
+
+        python -m llama perplexity llama/demo README.md --window 512 --stride 256
+
+    Args:
+        quantize: prints the table of compare, as before compare was a command.
+        against: the same: as in compare.
+        plot: the same: as in compare.
     """
-
-    tokens: int
-    size: int
-    total: float
-    squares: float
-    window: int
-    stride: int
-
-    @property
-    def mean(self) -> float:
-        """Nats a token."""
-        return self.total / self.tokens
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean; not a number for a single token."""
-        if self.tokens < 2:
-            return math.nan
-        variance = max(0.0, self.squares - self.tokens * self.mean**2) / (self.tokens - 1)
-        return math.sqrt(variance / self.tokens)
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.mean)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Independent of the tokenizer, so it compares models with different ones."""
-        return self.total / math.log(2) / self.size
-
-    def words(self) -> dict[str, str]:
-        """What to print of it, by title."""
-        error = self.perplexity * self.error
-        return {
-            "text": f"{self.tokens} tokens, {self.size} bytes",
-            "windows": f"of {self.window} tokens, moved on by {self.stride}",
-            "mean": f"{self.mean:.6f} nats a token, standard error {self.error:.6f}",
-            "perplexity": f"{self.perplexity:.4f}, standard error {error:.4f}",
-            "bits per byte": f"{self.bits_per_byte:.6f}",
-        }
-
-
-def default_window(context: int) -> int:
-    return min(context, 2048)
-
-
-def check_window(window: int, stride: int | None) -> int:
-    """The stride, half a window where it is None; ValueError where they make no sense."""
-    if window < 2:
-        raise ValueError(f"window is {window}; it must be at least 2 tokens")
-    if stride is None:
-        return max(1, window // 2)
-    if not 1 <= stride < window:
-        raise ValueError(f"stride is {stride}; it must be from 1 to {window - 1}, below the window")
-    return stride
-
-
-def windows(
-    ids: list[int], bos: int | None, window: int, stride: int
-) -> Iterator[tuple[list[int], int]]:
-    """Windows over `ids`, and how many tokens at the end of each have not been in one before.
-
-    Each is begin-of-text and up to window - 1 ids; the first scores all of its ids, the others
-    `stride`, after window - 1 - stride ids that they only look at. Without begin-of-text (None)
-    nothing stands before the first id, and it is not scored.
-    """
-    begin = [] if bos is None else [bos]
-    room = window - len(begin)
-    end = min(room, len(ids))
-    yield [*begin, *ids[:end]], end if begin else end - 1
-    while end < len(ids):
-        new = min(stride, len(ids) - end)
-        end += new
-        yield [*begin, *ids[max(0, end - room) : end]], new
-
-
-def begin_of(llama: Llama) -> int | None:
-    """What windows begin with: begin-of-text, where the tokenizer puts it before texts."""
-    return llama.tokenizer.bos_id if llama.tokenizer.prefix else None
-
-
-def score(
-    llama: Llama, text: str, *, window: int, stride: int | None = None, show_progress: bool = False
-) -> Score:
-    """The likelihood of every token of `text`, each counted once, in the window where it is new.
-
-    Raises ValueError where the text is empty, or the window does not fit the engine's slots.
-    """
-    stride = check_window(window, stride)
-    room, slots = llama.engine.max_seq_len, llama.engine.n_slots
-    if window > room:
-        raise ValueError(f"window is {window}; this model was built for {room} tokens")
-    ids = llama.tokenizer.encode(text, bos=False, eos=False)
-    begin = begin_of(llama)
-    count = len(ids) - (begin is None)
-    if count < 1:
-        raise ValueError("the text is empty: there is nothing to score")
-    total = squares = 0.0
-    every = windows(ids, begin, window, stride)
-    with progress("scoring", count, unit="tokens", enabled=show_progress) as advance:
-        while some := list(islice(every, slots)):
-            _, scores = llama.generate([w for w, _ in some], 0, logprobs=True, echo=True)
-            assert scores is not None
-            for (_, new), row in zip(some, scores, strict=True):
-                total -= math.fsum(row[-new:])
-                squares += math.fsum(x * x for x in row[-new:])
-                advance(new)
-    return Score(count, len(text.encode("utf-8", "replace")), total, squares, window, stride)
+    work = task(
+        ckpt_dir,
+        text_file,
+        tokenizer_path=tokenizer_path,
+        window=window,
+        stride=stride,
+        device=device,
+        dtype=dtype,
+        against=against,
+    )
+    if quantize or against is not None or plot is not None:
+        show_table(work, ckpt_dir, quantize, against, plot)
+        return
+    llama = work.build(ckpt_dir)
+    result = score(
+        llama, work.text, window=work.window, stride=work.stride, show_progress=llama.is_main
+    )
+    if llama.is_main:
+        say(result.words())

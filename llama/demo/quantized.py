@@ -16,7 +16,7 @@ import torch
 
 from llama.cache import Batch
 from llama.commands.compare import Difference, Row, decode_speed, table, weight_bytes
-from llama.commands.perplexity import Score
+from llama.commands.scoring import Score
 from llama.demo.batches import Encoder, Rows, rows
 from llama.demo.world.corpus import held_out_text
 from llama.generation import Llama

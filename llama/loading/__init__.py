@@ -31,6 +31,7 @@ from llama.terminal.progress import progress
 __all__ = [
     "Plan",
     "Prepared",
+    "Recipe",
     "check",
     "check_memory",
     "free_memory",

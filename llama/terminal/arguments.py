@@ -18,7 +18,9 @@ from typing import NoReturn, TextIO
 
 import fire
 
+from llama.terminal.page import page
 from llama.terminal.signature import SEVERAL, Command, Signature, UsageError, split
+from llama.terminal.table import Table, row
 
 __all__ = ["SEVERAL", "Command", "as_json", "as_typed", "read_text", "run", "sentence"]
 
@@ -32,7 +34,8 @@ def run(commands: Command | Mapping[str, Command], name: str | None = None) -> N
     extra that is not installed, end the process with their sentence on stderr and status 1, or with
     their traceback where `--debug` is among the arguments; a command line that does not fit, with a
     sentence and status 2; Ctrl-C and a reader who leaves a pipe, with no words. `name` is what
-    `--help` calls this program; None: the file's name.
+    `--help` calls this program; None: the file's name. Of a `Table`, only the command that is
+    chosen is imported.
     """
     words, found = split(sys.argv[1:], ("--debug", "--help", "-h"))
     try:
@@ -55,22 +58,24 @@ def _run(
     commands: Command | Mapping[str, Command], name: str, words: list[str], wants_help: bool
 ) -> None:
     """Call what the words say, or show help; the call comes last, when all of them fit."""
-    if isinstance(commands, Mapping):
-        if not words:
-            sys.stdout.write("\n".join(_listing(commands, name)) + "\n")
-            return
+    table = commands if isinstance(commands, Table) else None
+    if not isinstance(commands, Mapping):
+        signature, program = Signature(commands, "it"), name
+    elif not words:
+        sys.stdout.write(table.listing(name) if table else _listing(commands, name))
+        return
+    elif table and words == ["--version"]:
+        sys.stdout.write(f"{table.version}\n")
+        return
+    else:
         word = words.pop(0)
         if word not in commands:
-            like = get_close_matches(word, commands, 1)
-            meant = f"did you mean {like[0]}? " if like else ""
-            raise UsageError(
-                f"there is no command {word}: {meant}it is one of {', '.join(commands)}"
-            )
-        signature, program = Signature(commands[word], word), f"{name} {word}"
-    else:
-        signature, program = Signature(commands, "it"), name
+            raise UsageError(_no_command(word, list(commands)))
+        old = table.entries[word].old if table else None
+        signature, program = Signature(commands[word], word, old), f"{name} {word}"
     if wants_help:
-        sys.stdout.write(signature.page(program))
+        shared = (table.options, table.defaults) if table else ()
+        sys.stdout.write(page(signature, program, *shared))
         return
     chosen: list[Callable[[], None]] = []
     fire.Fire(signature.call(chosen.append), command=signature.arranged(words), name=program)
@@ -78,10 +83,18 @@ def _run(
         call()
 
 
-def _listing(commands: Mapping[str, Command], name: str) -> Iterator[str]:
-    yield f"{name} COMMAND ...   (COMMAND --help says more; --debug shows tracebacks)"
+def _no_command(word: str, names: list[str]) -> str:
+    """A sentence about a word that is no command, with those that may have been meant."""
+    like = [name for name in names if name.startswith(word)] or get_close_matches(word, names, 1)
+    meant = f"did you mean {' or '.join(like)}? " if like else ""
+    return f"there is no command {word}: {meant}it is one of {', '.join(names)}"
+
+
+def _listing(commands: Mapping[str, Command], name: str) -> str:
+    lines = [f"{name} COMMAND ...   (COMMAND --help says more; --debug shows tracebacks)"]
     for word, command in commands.items():
-        yield f"  {word:10}  {(command.__doc__ or '').partition(chr(10))[0]}".rstrip()
+        lines.append(row(word, (command.__doc__ or "").partition("\n")[0]))
+    return "\n".join([*lines, ""])
 
 
 @contextlib.contextmanager

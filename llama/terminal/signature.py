@@ -1,6 +1,6 @@
-"""The words of a command line to the parameters of a function, and the page that `--help` shows.
+"""The words of a command line to the parameters of a function.
 
-Knows signatures and docstrings, and nothing of what a function does. The surprising thing: fire,
+Knows signatures, and nothing of what a function does. The surprising thing: fire,
 which reads values and makes the call, would read every word as a Python literal, call a function
 before it complains about a flag that the function does not have, and take the next word, or True,
 for the value of an option that has none. So the words are sorted here first: what fire gets is
@@ -11,10 +11,9 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
-from textwrap import fill
+from os.path import exists
 from typing import get_args, get_type_hints
 
 from fire.decorators import SetParseFns
@@ -22,13 +21,14 @@ from fire.parser import DefaultParseValue
 
 Command = Callable[..., None]
 SEVERAL = tuple[str, ...]
+_EITHER = ["ckpt_dir", "text"]  # by position, where a text alone is enough
 
 _FLAG = re.compile(r"(--?[A-Za-z][\w-]*)(?:=(.*))?", re.S)
 _PLAIN = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
 _PATHS = {"dir", "path", "file", "src", "dst", "adapter", "against", "plot"}  # how they end
 # What other programs call things.
 _ELSEWHERE = {"max_tokens": "max_gen_len", "max_new_tokens": "max_gen_len", "prompt": "text",
-              "input": "src", "output": "dst", "model": "ckpt_dir", "ctx": "max_seq_len",
+              "input": "ckpt_dir", "output": "dst", "model": "ckpt_dir", "ctx": "max_seq_len",
               "context": "max_seq_len", "batch_size": "max_batch_size"}  # fmt: skip
 _YES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -41,11 +41,12 @@ class Signature:
     """What a command takes: its parameters by name, and which of them may be given by position.
 
     `called` is how its sentences name it. Parameters that are keyword-only in Python are options
-    only; the others may also stand in the order of the signature.
+    only; the others may also stand in the order of the signature. `old` has earlier names of
+    parameters, which stay accepted.
     """
 
-    def __init__(self, command: Command, called: str) -> None:
-        self.command, self.called = command, called
+    def __init__(self, command: Command, called: str, old: Mapping[str, str] | None = None) -> None:
+        self.command, self.called, self.old = command, called, old or {}
         self.parameters = inspect.signature(command).parameters
         hints = get_type_hints(command)
         self.several = {word for word in self.parameters if hints.get(word) == SEVERAL}
@@ -53,6 +54,14 @@ class Signature:
         self.positional = [
             word for word, one in self.parameters.items() if one.kind is not one.KEYWORD_ONLY
         ]
+
+    def usage(self) -> str:
+        """What follows the name of the command: words by position, and that there are options."""
+        words = [
+            word.upper() if word in self._needed() else f"[{word.upper()}]"
+            for word in self._by_position()
+        ]
+        return " ".join([*words, "[--OPTION VALUE ...]"])
 
     def arranged(self, words: Sequence[str]) -> list[str]:
         """The words of a command line in the form that fire reads.
@@ -62,6 +71,7 @@ class Signature:
         """
         given: dict[str, list[str]] = {}
         free = [word for word in self.positional if word not in self.several]
+        loose: list[str] = []
         rest, plain = list(words), False
 
         def put(word: str, text: str) -> None:
@@ -80,21 +90,18 @@ class Signature:
                 plain = True
             elif flag is not None and not _is_number(argument):
                 word, value = self._option(flag[1], flag[2])
-                put(word, self._value(word, rest, free) if value is None else value)
+                put(
+                    word, self._value(word, rest, [] if loose else free) if value is None else value
+                )
+            elif self.positional[:2] == _EITHER:
+                loose.append(argument)
             elif free:
                 put(free[0], argument)
-            elif "ckpt_dir" in self.parameters and Path(argument).exists():
-                put("ckpt_dir", argument)  # `complete TEXT DIR`, as it was before
             else:
-                takes = " ".join(word.upper() for word in self.positional[: self._leading()])
-                raise UsageError(
-                    f"{argument!r:.80} is one word more than {self.called} takes ({takes}): put "
-                    "words that belong together in quotes, and name options by their --name"
-                )
-        missing = [
-            f"--{word}" for word, one in self.parameters.items()
-            if one.default is one.empty and word not in given
-        ]  # fmt: skip
+                raise self._one_too_many(argument)
+        for word, text in self._folder_and_text(loose, free, given):
+            put(word, text)
+        missing = [f"--{word}" for word in self._needed() if word not in given]
         if missing:
             raise UsageError(
                 f"{self.called} needs {' and '.join(missing)}; --help says what may be given"
@@ -138,29 +145,52 @@ class Signature:
         works = " or ".join(_PLAIN[kind] for kind in kinds)
         raise ValueError(f"--{word} is {value!r:.80}; it must be {works}")
 
-    def page(self, program: str) -> str:
-        """What `--help` shows."""
-        said, _, about = (inspect.getdoc(self.command) or "").partition("Args:\n")
-        words = "".join(
-            f" {word.upper()}" if self.parameters[word].default is inspect.Parameter.empty
-            else f" [{word.upper()}]"
-            for word in self.positional[: self._leading()]
-        )  # fmt: skip
-        lines = [f"{program}{words} [--OPTION VALUE ...]", "", said.strip(), ""]
-        return "\n".join([*lines, *self._rows(about), ""])
-
     # ---- the parts of it
 
-    def _leading(self) -> int:
-        """How many parameters people give by position: those that are needed, or else the first."""
-        needed = [
-            self.parameters[word].default is inspect.Parameter.empty for word in self.positional
-        ]
-        return max(sum(needed), 1)
+    def _needed(self) -> list[str]:
+        return [w for w, one in self.parameters.items() if one.default is inspect.Parameter.empty]
+
+    def _by_position(self) -> list[str]:
+        """What people give by position: where everything may be, only what must be given."""
+        some = len(self.positional) < len(self.parameters)
+        return self.positional if some else self._needed() or self.positional[:1]
+
+    def _folder_and_text(
+        self, words: list[str], free: Sequence[str], given: Collection[str]
+    ) -> list[tuple[str, str]]:
+        """Which of `[CKPT_DIR] [TEXT]` the words by position are: a single one is the text.
+
+        It is the folder where the text comes from elsewhere. `TEXT CKPT_DIR`, as it was before, is
+        taken where only its second word is a path that exists.
+        """
+        if len(words) > len(free):
+            raise self._one_too_many(words[len(free)])
+        there = [exists(word) for word in words]  # no error for what cannot be a name
+        if len(words) == 2 and not any(there):
+            raise UsageError(
+                f"neither {words[0]!r:.80} nor {words[1]!r:.80} is a folder or a file, and "
+                f"{self.called} takes [CKPT_DIR] [TEXT]: put words that belong together in quotes"
+            )
+        if len(words) == 2:
+            return list(zip(_EITHER if there[0] else _EITHER[::-1], words, strict=True))
+        if words and "text" in free and not (there[0] and {"file", "decode"} & set(given)):
+            return [("text", words[0])]
+        if words and not there[0]:
+            raise self._one_too_many(words[0])
+        return [("ckpt_dir", word) for word in words]
+
+    def _one_too_many(self, word: str) -> UsageError:
+        takes = " ".join(word.upper() for word in self._by_position())
+        return UsageError(
+            f"{word!r:.80} is one word more than {self.called} takes ({takes}): put words that "
+            "belong together in quotes, and name options by their --name"
+        )
 
     def _option(self, flag: str, value: str | None) -> tuple[str, str | None]:
         """The parameter that a flag stands for, and its value where the flag itself has it."""
         word = flag.lstrip("-").replace("-", "_")
+        if word in self.old:
+            return self.old[word], value
         if flag.startswith("--") and word in self.parameters:
             return word, value
         switch = word.removeprefix("no").removeprefix("_")
@@ -206,20 +236,6 @@ class Signature:
             form = f" (or --{word}={following})" if following is not None else ""
             raise UsageError(f"--{word} needs {wanted} after it{form}")
         return rest.pop(0)
-
-    def _rows(self, about: str) -> list[str]:
-        """A row for each parameter, with what the docstring says of it, and numbers by default."""
-        told = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", about, re.M)
-        words = dict(told) | {"debug": "show where an error comes from"}
-        rows = []
-        for word in [*self.parameters, "debug"]:
-            text = re.sub(r"\s+", " ", words.get(word, ""))
-            default = self.parameters[word].default if word in self.parameters else None
-            if type(default) in (int, float):
-                text += f" [{default}]"
-            first, after = f"  --{word:20} ", " " * 25
-            rows.append(fill(text, 100, initial_indent=first, subsequent_indent=after))
-        return rows
 
 
 def split(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], set[str]]:
