@@ -70,7 +70,9 @@ class CapturedRunner(PlainRunner):
             going = asked
         alone = going == asked and 2 * len(going) > len(self._rows)
         some_go_on = any(len(r.choices) + 1 < r.limit for r in going)
-        if alone and some_go_on and all(self._device_knows(captured, r) for r in self._rows):
+        seen = captured.knows_stops  # of ends, those by a stop id or the limit alone
+        unseen = any(r.ends and not (seen and r.stop is not None) for r in self._rows)
+        if alone and some_go_on and not unseen:
             captured.launch()
         found = zip(self._rows, captured.read(), strict=False)  # there may be rows behind ours
         outcomes = [Outcome(r, r.cached + 1, (c,)) for r, c in found if r.finish_reason is None]
@@ -82,10 +84,6 @@ class CapturedRunner(PlainRunner):
         """Whether the engine has not written down what it was handed, of which the last is the last
         to be written: it was interrupted, and its requests are behind the device."""
         return self._last is not None and self._last.request.cached != self._last.cached
-
-    def _device_knows(self, captured: CapturedStep, request: Request) -> bool:
-        """Whether a row goes on, or ended in a way that the device saw."""
-        return not request.ends or (request.stop is not None and captured.knows_stops)
 
     def _load(self, captured: CapturedStep, requests: list[Request]) -> None:
         """Make requests the rows of the captured step."""
