@@ -13,6 +13,7 @@ from conftest import outcome
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "llama" / "README.md").read_text(encoding="utf-8")
 EXAMPLES = ("example_chat_completion.py", "example_text_completion.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 STARTS = {"python": (), "one rank": (*TORCHRUN, "1"), "two ranks": (*TORCHRUN, "2")}
@@ -45,9 +46,14 @@ def test_the_readme_shows_what_the_first_command_prints(runs):
 
 
 def test_the_python_of_the_readme_runs(monkeypatch, capsys):
+    """And that of llama/README.md, which goes on with it."""
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
-    assert len(blocks) > 8
+    first, second = (
+        re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) for page in (README, GUIDE)
+    )
+    assert len(first) > 6
+    assert len(second) > 3
+    blocks = first + second
     names = {}
     for block in blocks:
         exec(block, names)

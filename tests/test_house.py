@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from graphlib import TopologicalSorter
+from itertools import groupby
 from unittest import mock
 
 import house
@@ -17,6 +18,7 @@ from conftest import BYTES_VOCAB, tiny_args, write_adapter, write_tokenizer
 
 import llama as package
 from llama import Llama, SamplingParams
+from llama.__main__ import COMMANDS
 from llama.checkpoint import random_checkpoint, write_meta
 from llama.loading import runners
 
@@ -169,25 +171,66 @@ def test_scripts_for_metas_repository_find_their_imports():
         assert hasattr(package, name)
 
 
-# ---- the README
+# ---- the README, and llama/README.md, where the map is
 
 README = (house.ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (house.ROOT / "llama" / "README.md").read_text(encoding="utf-8")
+LONGEST = 230  # lines of the README: what a newcomer reads
 
 
-def rows(heading):
-    """The first column of the README's table under a heading."""
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"^\| `(.+?)` \|", section, re.M)
+def section(page, heading):
+    """What stands under a heading of the second level."""
+    return page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def rows(page, heading):
+    """The first column of the tables under a heading, where it is code."""
+    return re.findall(r"^\| `(.+?)` \|", section(page, heading), re.M)
+
+
+def has_code(module):
+    """Whether a file has more than the docstring of a folder."""
+    return [type(node) for node in TREES[module].body] != [ast.Expr]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= LONGEST
 
 
 def test_the_map_names_every_file_in_an_order_to_read_them():
-    modules = {str(file.relative_to(house.ROOT)): module for module, file in SOURCES.items()}
-    files = [row for row in rows("The files") if row.startswith("llama/")]
-    assert sorted(files) == sorted(modules)
+    """Every file that has code once; rooms from the ground up, each of them in one piece; in a
+    room a file after those that it imports."""
+    modules = {
+        file.relative_to(house.ROOT / "llama").as_posix(): module
+        for module, file in SOURCES.items()
+        if has_code(module)
+    }
+    files = rows(GUIDE, "The map")
+    assert sorted(files) == sorted(set(files)), "a file is named twice"
+    unnamed, gone = sorted(set(modules) - set(files)), sorted(set(files) - set(modules))
+    assert not unnamed, f"llama/README.md does not name {unnamed}"
+    assert not gone, f"llama/README.md names {gone}, which are not there"
     named = [modules[file] for file in files]
+    rooms = [room for room, _ in groupby(named, key=house.room_of)]
+    assert len(rooms) == len(set(rooms)), rooms
+    assert sorted(rooms, key=FLOOR_OF.__getitem__) == rooms, "rooms are not from the ground up"
     for at, module in enumerate(named):
-        above = {target for target, _ in house.imports(TREES[module], SOURCES) if target in SOURCES}
-        assert above <= {*named[:at], module}, module
+        room = house.room_of(module)
+        used = {t for t, _ in house.imports(TREES[module], SOURCES) if house.room_of(t) == room}
+        missing = {target for target in used & set(SOURCES) if has_code(target)} - {*named[:at]}
+        assert missing <= {module}, f"{module} stands above {missing}"
+
+
+def test_the_lines_of_who_imports_whom_are_those_of_the_test():
+    drawn = section(GUIDE, "Who imports whom").split("```text\n")[1].split("```")[0]
+    rooms = {house.room_of(module) for module in SOURCES}
+    floors = [{room or "__init__" for room in floor & rooms} for floor in reversed(FLOORS)]
+    assert [set(line.split()) for line in drawn.splitlines()] == [f for f in floors if f]
+
+
+def test_the_readme_has_every_command():
+    named = {row.split()[0] for row in rows(README, "Commands")}
+    assert not set(COMMANDS) - named
 
 
 def test_the_messages_of_the_readme_are_those_of_the_code():
@@ -199,7 +242,7 @@ def test_the_messages_of_the_readme_are_those_of_the_code():
                 spoken.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 spoken.append(node.value)
-    messages = rows("When it says no")
+    messages = rows(GUIDE, "When it says no")
     assert len(messages) > 10
     for message in messages:
         pattern = re.escape(message).replace(r"\.\.\.", ".+")
@@ -207,9 +250,14 @@ def test_the_messages_of_the_readme_are_those_of_the_code():
 
 
 def test_the_numbers_of_the_readme_are_of_the_weights_in_the_box():
-    """Other weights: run the evaluation again, and put its table and this sum into the README."""
+    """Other weights: run the evaluation again, put its table and this sum into llama/README.md, and
+    what all questions together come to into the README."""
     weights = (house.ROOT / "llama" / "demo" / "consolidated.00.pth").read_bytes()
-    assert f"`{hashlib.sha256(weights).hexdigest()}`" in README
+    assert f"`{hashlib.sha256(weights).hexdigest()}`" in GUIDE
+    questions, model, nearest = re.search(r"^all +(\d+) +(\S+)% +(\S+)%$", GUIDE, re.M).groups()
+    said = section(README, "The demo")
+    for number in (f"{model} % of {questions} ", f"{nearest} %"):
+        assert number in " ".join(said.split())
 
 
 # ---- nothing global changes
