@@ -329,44 +329,36 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from llama.cuda import norm_rope_gate as rows
 from llama.cuda.attention import prefill
-from llama.cuda.launch import Rows
 
 ALIGNED = [["tt.divisibility", 16]]
 
 def build(kernel, types, constants, **options):
-    # `types` of the arguments in their order; those of a group are a NamedTuple
     every = dict(zip(kernel.arg_names, types + ("constexpr",) * len(constants), strict=True))
-    aligned = {}
-    for at, type in enumerate(types):
-        fields = enumerate(type) if isinstance(type, tuple) else [(None, type)]
-        for field, name in fields:
-            if name != "fp32":
-                aligned[(at,) if field is None else (at, field)] = ALIGNED
+    aligned = {(at,): ALIGNED for at, name in enumerate(types) if name != "fp32"}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, every, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 for dtype in ("bf16", "fp32"):
     x = "*" + dtype
-    row, cache = Rows(x, "i32"), prefill.Cache(x, x, "i32")
     cut = (prefill.EXACT if dtype == "fp32" else prefill.LARGE)[128]
     attend = build(
-        prefill._attend, (row, cache, "*i32", row, "fp32"),
+        prefill._attend, (x, x, x, "*i32", x, *["i32"] * 3, "fp32"),
         dict(SHAPE=prefill.Shape(4, 8, 128, 128, cut.rows, cut.keys, False), OVERLAP=True),
         num_warps=cut.warps, num_stages=cut.stages,
     )
     for split in (0, 4):
         build(
-            rows._rms_norm, (row, x, row, rows.Partials("*fp32", "i32", "i32"), "fp32"),
+            rows._rms_norm, (x, x, x, "*fp32", *["i32"] * 3, "fp32"),
             dict(D=4096, BLOCK=4096, SPLIT=split, ARRANGED=split > 0, OVERLAP=True),
         )
-        qkv = rows.Partials("*fp32" if split else x, "i32", "i32")
+        qkv = "*fp32" if split else x
         build(
             rows._rotate_and_store,
-            (qkv, rows.Rotation("*fp32", "*fp32", "*i64", x, x), row),
+            (qkv, "*fp32", "*fp32", "*i64", x, x, x, *["i32"] * 3),
             dict(SPLIT=max(1, split), HEADS=rows.Heads(32, 8, 128, 32, 8, 128), OVERLAP=True),
         )
-    build(rows._silu_multiply, (row, row), dict(F=14336, BLOCK=2048, OVERLAP=True))
+    build(rows._silu_multiply, (x, x, "i32", "i32"), dict(F=14336, BLOCK=2048, OVERLAP=True))
     assert spilled(attend) == 0
     assert dtype == "fp32" or "wgmma.mma_async" in attend.asm["ptx"]
     assert "griddepcontrol.wait" in attend.asm["ptx"]

@@ -20,12 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, copy_context
 from functools import cache, wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 P = ParamSpec("P")
@@ -37,17 +36,6 @@ _gathered: ContextVar[list[Any] | None] = ContextVar("gathered", default=None)
 LEAST_SHARED = 32 * 1024  # bytes of shared memory, at least, that blocks are chosen for
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton's interpreter, on CPU tensors: tests
-
-
-class Rows(NamedTuple):
-    """The rows of a tensor, as one argument of a kernel; numbers of a row are neighbours."""
-
-    data: Tensor
-    stride: int  # numbers from one row to the next
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Rows":
-        return cls(tensor, tensor.stride(0))
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

@@ -4,12 +4,14 @@ Each does in one pass over memory what model.py says in several steps, in float3
 once. They know a row's layout and nothing of sequences. A product that was split along its inputs
 (split-K) may leave `partials`, which the norm or the rotation after it adds up. The surprising
 thing: three of the results may overwrite what they were made from (`out`), since a program reads
-all that it needs before it writes.
+all that it needs before it writes. Tensors and strides are loose arguments: prompts launch these
+kernels five times a layer, and a group costs the host a microsecond in each launch.
 
 Letters: N rows, D dim, H query heads and K key/value heads, E head size (padded to a power of two
 in registers), F hidden size, P slots, T positions, S partials of a product.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,29 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.cuda.launch import Rows, allow, launch, overlap, wait
+from llama.cuda.launch import allow, launch, overlap, wait
 from llama.cuda.products.epilogues import arranged_place
 from llama.cuda.tuning import power_of_two
 
 GATE_BLOCK = 2048  # columns of a row that one program gates
-
-
-class Partials(NamedTuple):
-    """The results of a product that are to be added up, as one argument of a kernel."""
-
-    data: Tensor  # (S, N, ...)
-    row: int  # numbers from one row to the next
-    stride: int  # numbers from one partial to the next
-
-
-class Rotation(NamedTuple):
-    """The rotary factors of each row, and where its keys and values are stored."""
-
-    cos: Tensor  # (N, E/2) float32, the real part of freqs_cis
-    sin: Tensor  # (N, E/2) float32, the imaginary part
-    cache_index: Tensor  # (N,) int64; -1 stores nothing
-    k: Tensor  # (P, T, K, E), of one layer
-    v: Tensor
 
 
 class Heads(NamedTuple):
@@ -53,6 +37,12 @@ class Heads(NamedTuple):
     E_PAD: int
 
 
+@cache
+def _heads(heads: int, kv_heads: int, head_dim: int) -> Heads:
+    padded = (power_of_two(n) for n in (heads, kv_heads, head_dim))
+    return Heads(heads, kv_heads, head_dim, *padded)
+
+
 @triton.jit
 def _sum_partials(at, live, stride, SPLIT: tl.constexpr):
     """The sum, in float32, of what is at `at` and of the partials behind it."""
@@ -64,8 +54,8 @@ def _sum_partials(at, live, stride, SPLIT: tl.constexpr):
 
 @triton.jit
 def _rms_norm(
-    x, weight, out, partials, eps, D: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    ARRANGED: tl.constexpr, OVERLAP: tl.constexpr,
+    x, weight, out, partials, x_stride, out_stride, partial_stride, eps, D: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, ARRANGED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The norm of one row, to which SPLIT partials are added before, in place."""
     allow(OVERLAP)
@@ -74,17 +64,16 @@ def _rms_norm(
     scale = tl.load(weight + columns, mask=live, other=0).to(tl.float32)
     wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    states = tl.load(x.data + row * x.stride + columns, mask=live, other=0).to(tl.float32)
+    states = tl.load(x + row * x_stride + columns, mask=live, other=0).to(tl.float32)
     if SPLIT:
-        at = partials.data + row * D + columns
-        states += _sum_partials(at, live, partials.stride, SPLIT)
-        rounded = states.to(x.data.dtype.element_ty)
-        tl.store(x.data + row * x.stride + columns, rounded, mask=live)
+        states += _sum_partials(partials + row * D + columns, live, partial_stride, SPLIT)
+        rounded = states.to(x.dtype.element_ty)
+        tl.store(x + row * x_stride + columns, rounded, mask=live)
         states = rounded.to(tl.float32)
     root = tl.rsqrt(tl.sum(states * states) / D + eps)
     to = arranged_place(columns) if ARRANGED else columns
-    normed = (states * root * scale).to(out.data.dtype.element_ty)
-    tl.store(out.data + row * out.stride + to, normed, mask=live)
+    normed = (states * root * scale).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + to, normed, mask=live)
 
 
 def rms_norm(
@@ -109,9 +98,8 @@ def rms_norm(
     block, split = power_of_two(dim), 0 if partials is None else len(partials)
     added = x if partials is None else partials
     launch(_rms_norm, (rows,))(
-        Rows.of(x), weight, Rows.of(out), Partials(added, dim, added.stride(0)), eps,
-        D=dim, BLOCK=block, SPLIT=split, ARRANGED=arranged,
-        num_warps=_warps(block, 1 + split), **overlap(x.device),
+        x, weight, out, added, x.stride(0), out.stride(0), added.stride(0), eps, D=dim, BLOCK=block,
+        SPLIT=split, ARRANGED=arranged, num_warps=_warps(block, 1 + split), **overlap(x.device),
     )  # fmt: skip
     return out
 
@@ -135,28 +123,28 @@ def _rotate_heads(
 
 @triton.jit
 def _store_keys_and_values(
-    x, cos, sin, to, row, stride, SPLIT: tl.constexpr, HEADS: tl.constexpr
+    x, cos, sin, cache_index, k, v, stride, SPLIT: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
-    """Store the keys at `x`, rotated, and the values behind them in the cache."""
+    """Store the keys at `x`, rotated, and the values behind them in the cache of a layer."""
     K: tl.constexpr = HEADS.K
     E: tl.constexpr = HEADS.E
     E_PAD: tl.constexpr = HEADS.E_PAD
     columns = tl.arange(0, E_PAD)[None, :]
-    cache_index = tl.load(to.cache_index + row)
     heads = tl.arange(0, HEADS.K_PAD)[:, None]
     live = heads < tl.where(cache_index >= 0, K, 0)
     if E_PAD > E:
         live = live & (columns < E)
     at = heads * E + columns
     keys = _rotate_heads(x, cos, sin, stride, SPLIT, K, HEADS.K_PAD, E, E_PAD)
-    tl.store(to.k + cache_index * (K * E) + at, keys.to(to.k.dtype.element_ty), mask=live)
+    tl.store(k + cache_index * (K * E) + at, keys.to(k.dtype.element_ty), mask=live)
     values = _sum_partials(x + K * E + at, live, stride, SPLIT)
-    tl.store(to.v + cache_index * (K * E) + at, values.to(to.v.dtype.element_ty), mask=live)
+    tl.store(v + cache_index * (K * E) + at, values.to(v.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _rotate_and_store(
-    qkv, rotation, out, SPLIT: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr
+    qkv, cos, sin, cache_index, k, v, out, qkv_stride, out_stride, partial_stride,
+    SPLIT: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row's queries, rotated, to `out`; its keys, rotated, and its values to the cache."""
     H: tl.constexpr = HEADS.H
@@ -169,18 +157,19 @@ def _rotate_and_store(
     real = None
     if E_PAD > E:
         real = pairs < E // 2
-    cos = tl.load(rotation.cos + row * (E // 2) + pairs, mask=real)  # (1, E/2)
-    sin = tl.load(rotation.sin + row * (E // 2) + pairs, mask=real)
-    x = qkv.data + row * qkv.row
+    c = tl.load(cos + row * (E // 2) + pairs, mask=real)  # (1, E/2)
+    s = tl.load(sin + row * (E // 2) + pairs, mask=real)
+    x = qkv + row * qkv_stride
     columns = tl.arange(0, E_PAD)[None, :]
     heads = tl.arange(0, HEADS.H_PAD)[:, None]
-    queries = _rotate_heads(x, cos, sin, qkv.stride, SPLIT, H, HEADS.H_PAD, E, E_PAD)
+    queries = _rotate_heads(x, c, s, partial_stride, SPLIT, H, HEADS.H_PAD, E, E_PAD)
     live = heads < H
     if E_PAD > E:
         live = live & (columns < E)
-    at = out.data + row * out.stride + heads * E + columns
-    tl.store(at, queries.to(out.data.dtype.element_ty), mask=live)
-    _store_keys_and_values(x + H * E, cos, sin, rotation, row, qkv.stride, SPLIT, HEADS)
+    at = out + row * out_stride + heads * E + columns
+    tl.store(at, queries.to(out.dtype.element_ty), mask=live)
+    index = tl.load(cache_index + row)
+    _store_keys_and_values(x + H * E, c, s, index, k, v, partial_stride, SPLIT, HEADS)
 
 
 def rotate_and_store(
@@ -212,18 +201,20 @@ def rotate_and_store(
         assert qkv.dim() == 2, qkv.shape
         out = qkv[:, : heads * head_dim].view(rows, heads, head_dim)
     assert out.stride()[1:] == (head_dim, 1), out.stride()
-    padded = (power_of_two(n) for n in (heads, kv_heads, head_dim))
-    sizes = Heads(heads, kv_heads, head_dim, *padded)
+    sizes = _heads(heads, kv_heads, head_dim)
     launch(_rotate_and_store, (rows,))(
-        Partials(qkv, partials.stride(1), partials.stride(0)),
-        Rotation(cos, sin, cache_index, k_layer, v_layer), Rows.of(out), SPLIT=split, HEADS=sizes,
+        qkv, cos, sin, cache_index, k_layer, v_layer, out, partials.stride(1), out.stride(0),
+        partials.stride(0), SPLIT=split, HEADS=sizes,
         num_warps=_warps(sizes.H_PAD * sizes.E_PAD, split), **overlap(qkv.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _silu_multiply(joined, out, F: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _silu_multiply(
+    joined, out, joined_stride, out_stride, F: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
     """BLOCK columns of one row: silu of its first half, times its second."""
     allow(OVERLAP)
     wait(OVERLAP)
@@ -231,12 +222,11 @@ def _silu_multiply(joined, out, F: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: t
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     live = columns < F
-    at = joined.data + row * joined.stride + columns
+    at = joined + row * joined_stride + columns
     gate = tl.load(at, mask=live, other=0).to(tl.float32)
     up = tl.load(at + F, mask=live, other=0).to(tl.float32)
     gated = gate * tl.sigmoid(gate) * up
-    gated = gated.to(out.data.dtype.element_ty)
-    tl.store(out.data + row * out.stride + columns, gated, mask=live)
+    tl.store(out + row * out_stride + columns, gated.to(out.dtype.element_ty), mask=live)
 
 
 def silu_multiply(joined: Tensor, out: Tensor | None = None) -> Tensor:
@@ -246,8 +236,8 @@ def silu_multiply(joined: Tensor, out: Tensor | None = None) -> Tensor:
     assert joined.stride(1) == out.stride(1) == 1, (joined.stride(), out.stride())
     block = min(GATE_BLOCK, power_of_two(hidden))
     launch(_silu_multiply, (rows * triton.cdiv(hidden, block),))(
-        Rows.of(joined), Rows.of(out), F=hidden, BLOCK=block, num_warps=_warps(block),
-        **overlap(joined.device),
+        joined, out, joined.stride(0), out.stride(0), F=hidden, BLOCK=block,
+        num_warps=_warps(block), **overlap(joined.device),
     )  # fmt: skip
     return out
 

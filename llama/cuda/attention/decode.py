@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.cuda.launch import (
-    Rows,
     allow,
     capability,
     launch,
@@ -189,7 +188,7 @@ def _combine_partials(partials, begin, programs, head, HEADS: tl.constexpr, STAG
 
 @triton.jit(do_not_specialize=["rows"])
 def _attend(
-    q, cache, out, partials, rows, scale, HEADS: tl.constexpr, SPLIT: tl.constexpr,
+    q, q_stride, cache, out, partials, rows, scale, HEADS: tl.constexpr, SPLIT: tl.constexpr,
     ARRANGED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One key head of one row, or of a part of its keys; the last program combines the parts."""
@@ -208,7 +207,7 @@ def _attend(
     wait(OVERLAP)
     if row == rows:
         return
-    at = q.data + row.to(tl.int64) * q.stride + head * (G * E)
+    at = q + row.to(tl.int64) * q_stride + head * (G * E)
     query = tl.load(at + g[:, None] * E + e[None, :], mask=_mask(g < G, e, HEADS), other=0.0)
     state = _empty(HEADS)
     for start in tl.range(
@@ -279,7 +278,7 @@ class DecodeAttention:
         )
         lines = -(-size * itemsize // 128) * 128
         launch(_attend, (programs + rows, kv_heads))(
-            Rows.of(q), Cache(k, v, slots, lengths, longest), out, self.partials, rows,
+            q, q.stride(0), Cache(k, v, slots, lengths, longest), out, self.partials, rows,
             size**-0.5 * LOG2_E,
             HEADS=Heads(kv_heads, groups, size, max(16, power_of_two(groups)), power_of_two(size)),
             SPLIT=Split(self.most_rows, programs, block, stages, ahead, lines),

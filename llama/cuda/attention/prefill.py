@@ -10,6 +10,7 @@ Letters: N rows of the flat batch, H query heads, K key/value heads, G = H/K, E 
 a power of two in registers), P slots, T positions, X tiles.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 from llama.cache import Batch
 from llama.cuda.launch import (
     INTERPRETED,
-    Rows,
     allow,
     capability,
     launch,
@@ -87,14 +87,6 @@ def tile_table(batch: Batch, groups: int, rows: int) -> Tensor | None:
     return torch.tensor(lines, dtype=torch.int32).to(batch.slot_of_row.device)
 
 
-class Cache(NamedTuple):
-    """The keys and values of one layer."""
-
-    k: Tensor  # (P, T, K, E)
-    v: Tensor
-    slot_stride: int  # numbers from one slot to the next
-
-
 class Shape(NamedTuple):
     """The sizes of heads and tiles, as a constant of the kernel."""
 
@@ -107,6 +99,12 @@ class Shape(NamedTuple):
     UPCAST: bool  # the interpreter takes bfloat16 for integers: there float32 is multiplied
 
 
+@cache
+def _shape(heads: int, kv_heads: int, head_dim: int, rows: int, keys: int) -> Shape:
+    padded = power_of_two(head_dim)
+    return Shape(heads // kv_heads, kv_heads, head_dim, padded, rows, keys, INTERPRETED)
+
+
 @triton.jit
 def _dot(a, b, acc, UPCAST: tl.constexpr):
     """acc + a b, with exact products of what is given."""
@@ -117,7 +115,8 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def _attend_block(
-    state, q, cache, base, first, length, last, scale, SHAPE: tl.constexpr, MASKED: tl.constexpr
+    state, q, k_cache, v_cache, first, length, last, scale, SHAPE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """The online softmax (m_i, l_i, acc) after BLOCK_N keys more, from `first`. Row i of q sees the
     keys up to last[i]; MASKED says that these and `length` are heeded."""
@@ -131,7 +130,7 @@ def _attend_block(
     if E_PAD > E:
         inside = (tl.arange(0, E_PAD) < E)[None, :]
         there = inside & there if MASKED else inside
-    k = tl.load(cache.k + base + at, mask=there, other=0 if MASKED or E_PAD > E else None)
+    k = tl.load(k_cache + at, mask=there, other=0 if MASKED or E_PAD > E else None)
     zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
     scores = _dot(q, tl.trans(k), zeros, SHAPE.UPCAST)  # (BLOCK_M, BLOCK_N)
     if MASKED:
@@ -139,14 +138,17 @@ def _attend_block(
     m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
     p = tl.math.exp2(scores * scale - m_new[:, None])
     alpha = tl.math.exp2(m_i - m_new)
-    v = tl.load(cache.v + base + at, mask=there, other=0 if MASKED or E_PAD > E else None)
+    v = tl.load(v_cache + at, mask=there, other=0 if MASKED or E_PAD > E else None)
     acc = acc * alpha[:, None]
     acc = _dot(p.to(v.dtype), v, acc, SHAPE.UPCAST)
     return m_new, l_i * alpha + tl.sum(p, 1), acc
 
 
 @triton.jit
-def _attend(q, cache, tiles, out, scale, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
+def _attend(
+    q, k, v, tiles, out, q_stride, out_stride, slot_stride, scale, SHAPE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
     """One tile of one key head: first over the keys that all its rows see, then the diagonal."""
     G: tl.constexpr = SHAPE.G
     K: tl.constexpr = SHAPE.K
@@ -168,20 +170,21 @@ def _attend(q, cache, tiles, out, scale, SHAPE: tl.constexpr, OVERLAP: tl.conste
         live = live & (columns < E)
     row = (start + rows // G).to(tl.int64)[:, None]
     member = (head * G + rows % G)[:, None]
-    query = tl.load(q.data + row * q.stride + member * E + columns, mask=live, other=0)
-    base = slot.to(tl.int64) * cache.slot_stride + head * E
+    query = tl.load(q + row * q_stride + member * E + columns, mask=live, other=0)
+    k += slot.to(tl.int64) * slot_stride + head * E
+    v += slot.to(tl.int64) * slot_stride + head * E
     last = before + rows // G  # the last key that a row sees
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     state = (m_i, tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, E_PAD), tl.float32))
     whole = (before + first // G + 1) // BLOCK_N * BLOCK_N  # all rows see the keys before it
     end = tl.minimum(length, before + (first + BLOCK_M - 1) // G + 1)
     for key in tl.range(0, whole, BLOCK_N):
-        state = _attend_block(state, query, cache, base, key, length, last, scale, SHAPE, False)
+        state = _attend_block(state, query, k, v, key, length, last, scale, SHAPE, False)
     for key in tl.range(whole, end, BLOCK_N):
-        state = _attend_block(state, query, cache, base, key, length, last, scale, SHAPE, True)
+        state = _attend_block(state, query, k, v, key, length, last, scale, SHAPE, True)
     _, l_i, acc = state
-    result = (acc / l_i[:, None]).to(out.data.dtype.element_ty)
-    tl.store(out.data + row * out.stride + member * E + columns, result, mask=live)
+    result = (acc / l_i[:, None]).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + member * E + columns, result, mask=live)
 
 
 def attend_prefill(
@@ -205,11 +208,9 @@ def attend_prefill(
     for layer in (k_layer, v_layer):
         assert layer.is_contiguous(), layer.stride()
         assert layer.dtype == q.dtype, (layer.dtype, q.dtype)
-    groups, padded = heads // kv_heads, power_of_two(head_dim)
-    shape = Shape(groups, kv_heads, head_dim, padded, cut.rows, cut.keys, INTERPRETED)
     launch(_attend, (len(tiles) * kv_heads,))(
-        Rows.of(q), Cache(k_layer, v_layer, k_layer.stride(0)), tiles, Rows.of(out),
-        head_dim**-0.5 * LOG2_E, SHAPE=shape, num_warps=cut.warps, num_stages=cut.stages,
-        **overlap(q.device),
+        q, k_layer, v_layer, tiles, out, q.stride(0), out.stride(0), k_layer.stride(0),
+        head_dim**-0.5 * LOG2_E, SHAPE=_shape(heads, kv_heads, head_dim, cut.rows, cut.keys),
+        num_warps=cut.warps, num_stages=cut.stages, **overlap(q.device),
     )  # fmt: skip
     return out
