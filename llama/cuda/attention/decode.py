@@ -17,6 +17,7 @@ Letters: R rows, H query and K key/value heads, G = H/K, E head size (padded to 
 registers), P slots, T positions.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,11 @@ class Heads(NamedTuple):
     E: int
     G_PAD: int  # powers of two
     E_PAD: int
+
+
+@cache
+def _heads(kv_heads: int, groups: int, size: int) -> Heads:
+    return Heads(kv_heads, groups, size, max(16, power_of_two(groups)), power_of_two(size))
 
 
 class Split(NamedTuple):
@@ -280,7 +286,7 @@ class DecodeAttention:
         launch(_attend, (programs + rows, kv_heads))(
             q, q.stride(0), Cache(k, v, slots, lengths, longest), out, self.partials, rows,
             size**-0.5 * LOG2_E,
-            HEADS=Heads(kv_heads, groups, size, max(16, power_of_two(groups)), power_of_two(size)),
+            HEADS=_heads(kv_heads, groups, size),
             SPLIT=Split(self.most_rows, programs, block, stages, ahead, lines),
             ARRANGED=arranged, num_warps=warps, **self.extra,
         )  # fmt: skip
