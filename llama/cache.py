@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Run:
+class Prefill:
     """Sequences that share one causal attention: equally long ones that begin in this batch, or one
     that continues what is in its slot."""
 
@@ -46,8 +46,8 @@ class Batch:
 
     Sequence i brings `counts[i]` new tokens, which lie one after the other in the batch, and has
     `lengths[i]` keys once they are in its slot `slots[i]`. Sequences of one token come first: they
-    share one attention over the cache, the others form `runs`. Without `slots` no cache is meant,
-    and every sequence begins here.
+    share one attention over the cache, the others form `prefills`. Without `slots` no cache is
+    meant, and every sequence begins here.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Batch:
         singles, lengths = slots[: self.ones], self.lengths[: self.ones]
         low, high = min(singles, default=0), max(singles, default=-1) + 1
         self.span, self.longest = (low, high), max(lengths, default=0)
-        self.place = self.mask = None
+        self.slot_in_span = self.mask = None
         if singles != list(range(low, high)):
-            self.place = self.slot_of_row[: self.ones] - low  # (R,) in the span
+            self.slot_in_span = self.slot_of_row[: self.ones] - low  # (R,) in the span
         live = dict.fromkeys(range(low, high), 1) | dict(zip(singles, lengths, strict=True))
         if set(live.values()) - {self.longest}:
             keys = torch.arange(self.longest, device=device)
@@ -92,19 +92,19 @@ class Batch:
             self.mask = (keys < lives[:, None])[:, None, None]  # (high - low, 1, 1, L)
 
     @cached_property
-    def runs(self) -> list[Run]:
+    def prefills(self) -> list[Prefill]:
         """The sequences of more than one token."""
-        slots, runs = self.slots, []
+        slots, prefills = self.slots, []
 
-        def kind(i: int) -> tuple[int, int | None]:
+        def shared(i: int) -> tuple[int, int | None]:
             begins = self.counts[i] == self.lengths[i]
             return self.lengths[i], None if begins or slots is None else slots[i]
 
-        for (length, slot), group in groupby(range(self.ones, len(self.counts)), key=kind):
+        for (length, slot), group in groupby(range(self.ones, len(self.counts)), key=shared):
             ids = list(group)
             rows = slice(self.starts[ids[0]], self.starts[ids[-1] + 1])
-            runs.append(Run(rows, len(ids), length, slot, self._device))
-        return runs
+            prefills.append(Prefill(rows, len(ids), length, slot, self._device))
+        return prefills
 
 
 class KVCache:
@@ -137,15 +137,16 @@ class KVCache:
         """Have the dtype and the device of `like`, where a model was moved."""
         self.k, self.v = self.k.to(like), self.v.to(like)
 
-    def places(self, batch: Batch, positions: Tensor) -> Tensor:
-        """Where the rows of `batch` at `positions` (N,) belong, for `write`: (N,)."""
+    def index_of(self, batch: Batch, positions: Tensor) -> Tensor:
+        """The flat addresses (N,) in a layer at which `write` stores the rows of `batch`, which are
+        at `positions` (N,)."""
         return batch.slot_of_row * self.max_seq_len + positions
 
-    def write(self, layer: int, k: Tensor, v: Tensor, places: Tensor) -> None:
-        """Store rows `k` and `v` (N, K, E) at `places` (N,), in the cache's dtype: under autocast
-        they come in another."""
-        self.k[layer].flatten(0, 1).index_copy_(0, places, k.to(self.k.dtype))
-        self.v[layer].flatten(0, 1).index_copy_(0, places, v.to(self.v.dtype))
+    def write(self, layer: int, k: Tensor, v: Tensor, cache_index: Tensor) -> None:
+        """Store rows `k` and `v` (N, K, E) at `cache_index` (N,), in the cache's dtype: under
+        autocast they come in another."""
+        self.k[layer].flatten(0, 1).index_copy_(0, cache_index, k.to(self.k.dtype))
+        self.v[layer].flatten(0, 1).index_copy_(0, cache_index, v.to(self.v.dtype))
 
     def read(self, layer: int, lo: int, hi: int, length: int) -> tuple[Tensor, Tensor]:
         """Views of the first `length` keys and values of slots lo..hi-1: (hi - lo, K, length,

@@ -21,7 +21,7 @@ from llama.engine import Engine, Request
 from llama.engine.owner import Owner
 from llama.loading import Recipe, prepare
 from llama.loading.runners import runner_for
-from llama.loading.settings import CHUNK_ROWS, check_vocabulary
+from llama.loading.settings import CHUNK_ROWS
 from llama.model import Transformer
 from llama.options import Sampling, Seed, lists_options, params_of, seeds_of
 from llama.sampling_params import SamplingParams
@@ -85,7 +85,7 @@ class Llama:
             quantize: "int8", "fp8", "int4" or "mixed", or formats by part of the model, see
                 llama/quantization/recipe.py; None: the weights as they are stored.
             reuse: a prompt that begins like what a free slot still holds only runs the rest, which
-                makes the turns of a conversation quick; the same prompt may then differ in the last
+                makes a conversation quick; the same prompt may then differ in the last
                 bit from one call to the next.
             kernels: on a single NVIDIA GPU of compute capability 8.0 or newer, run by this
                 library's kernels; False: by torch alone, as everywhere else.
@@ -99,13 +99,7 @@ class Llama:
             dtype=dtype, rope_scaling=rope_scaling, adapter=adapter, quantize=quantize,
             kernels=kernels,
         )  # fmt: skip
-        checkpoint = prepared.checkpoint
-        tokenizer = checkpoint.open_tokenizer(tokenizer_path)
-        if tokenizer is None:
-            raise FileNotFoundError(f"no tokenizer.model in {ckpt_dir}; give tokenizer_path")
-        path = tokenizer_path or checkpoint.tokenizer_path or ckpt_dir
-        check_vocabulary(tokenizer, checkpoint.args, path)
-        tokenizer.limit(checkpoint.args.vocab_size)
+        checkpoint, tokenizer = prepared.checkpoint, prepared.open_tokenizer(tokenizer_path)
         formatter = choose_format(tokenizer, checkpoint.chat_template, checkpoint.stop_token_ids)
         model = prepared.load(model_parallel_size)
         return Llama(

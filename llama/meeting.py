@@ -1,4 +1,5 @@
-"""Where the processes of a run find each other, and what is said while some have not come.
+"""Where the processes of a run find each other, what is said while some have not come, and the end
+of one that would wait for another that is gone.
 
 Knows sockets and torch's key-value store; refuses to know models, devices and where ranks and
 addresses come from. The surprising thing: a rank waits for all the others before there is any
@@ -6,6 +7,7 @@ group, and a process that was never meant to be a rank, but found the variables 
 its environment, waits for ever; so a wait is said after seconds, with names.
 """
 
+import atexit
 import os
 import socket
 import sys
@@ -14,12 +16,16 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 QUIET = 5.0  # seconds of waiting for ranks that have not started, before this is said
 ARRIVAL = 300.0  # seconds in which all of them must have started
+BEAT = 1.0  # seconds between two signs of life
+PATIENCE = timedelta(seconds=6)  # without one from everybody, a rank is taken for gone
+GRACE = 2.0  # seconds that a step may take to end or fail by itself after that
 
 
 class RankError(OSError, RuntimeError):
@@ -131,3 +137,54 @@ def _listen(port: int) -> socket.socket:
         f"MASTER_PORT={port} stands in the environment, and rank 0 cannot listen there ({why}): "
         "choose another, or start with torchrun, which finds one"
     )
+
+
+class Watch(threading.Thread):
+    """Ends this process where it would wait for ever for a rank that is gone.
+
+    A collective of gloo fails when its partner dies. One of NCCL, or one over a cable that was cut,
+    just waits. So the ranks exchange a sign of life every second; when one is missing, and this
+    rank waits for the others and does not get on, nothing can come any more, and the process exits.
+    Where it does not wait for anybody nothing is done: it will notice when it does. With the sign
+    of life each rank says whether it `failed` in a step, in which the others wait for it as well.
+    """
+
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+        super().__init__(name="llama-watch", daemon=True)
+        self.rank, self.size, self.group = rank, size, group
+        self.waiting_since: float | None = None
+        self.failed = False
+        self._leaving = threading.Event()
+        atexit.register(self.leave)
+
+    def run(self) -> None:
+        try:
+            while not self._leaving.wait(BEAT):
+                dist.monitored_barrier(self.group, PATIENCE, wait_all_ranks=True)
+                failed = torch.tensor([self.rank if self.failed else self.size], device="cpu")
+                dist.all_reduce(failed, dist.ReduceOp.MIN, self.group)
+                if int(failed) < self.size and not self.failed:
+                    raise RuntimeError(f"rank {int(failed)} failed in a step")
+        except RuntimeError as error:
+            began = self.waiting_since
+            while not self._leaving.wait(GRACE):
+                if began is not None and began == self.waiting_since:
+                    self.end(str(error))
+                began = self.waiting_since
+
+    def end(self, error: str) -> None:
+        sys.stderr.write(lost(self.rank, self.size, error) + "\n")
+        sys.stderr.flush()
+        os._exit(1)  # the main thread waits inside a driver and cannot be told
+
+    def leave(self) -> None:
+        """Wait for the last beat: a thread inside gloo when Python ends aborts the process."""
+        self._leaving.set()
+        self.join()  # a beat, or PATIENCE where another rank hangs
+        time.sleep(0.2)  # gloo's own threads may still be letting go of the last tensors
+
+
+def lost(rank: int, size: int, error: str) -> str:
+    """The sentence for a rank that finds itself alone."""
+    first = error.split("\n")[0]
+    return f"rank {rank} of {size} lost another rank, whose own output says why: {first}"

@@ -20,7 +20,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from llama.args import ModelArgs as ModelArgs
 from llama.args import RopeScaling as RopeScaling
-from llama.cache import Batch, KVCache, Run
+from llama.cache import Batch, KVCache, Prefill
 from llama.parallel import ONE, Ranks, column_linear, embedding, output_linear, row_linear
 
 
@@ -39,17 +39,17 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
         return freqs
     if scaling.factors is not None:
         return freqs / torch.tensor(scaling.factors, device="cpu")
-    turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within the old context
+    periods = scaling.original_context * freqs / (2 * math.pi)  # within the old context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    keep = ((periods - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * freqs / scaling.factor + keep * freqs
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
+def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Turn each interleaved pair (2i, 2i+1) of x (N, heads, E), read as a complex number, by
-    `turns` (N, 1, E/2), complex64."""
+    `freqs_cis` (N, 1, E/2), complex64."""
     pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -64,14 +64,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def attend_prefill(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
+def attend_prefill(q: Tensor, k: Tensor, v: Tensor, group: Prefill) -> Tensor:
     """Causal attention of B equally long sequences: q (B, H, S, E), k and v (B, K, L, E).
 
     Where torch has no kernel for grouped heads it would build all S x L scores on CUDA; so the keys
     are repeated there. Its flash kernel is called by name where a sequence continues: it sees the
     last S of L positions, which torch's function says only by a mask whose import takes seconds.
     """
-    groups, begins = q.shape[1] // k.shape[1], run.slot is None
+    groups, begins = q.shape[1] // k.shape[1], group.slot is None
     grouped = begins and q.dtype != torch.float32
     if q.is_cuda and q.shape[-1] % 8 == 0:
         grouped = can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
@@ -81,7 +81,7 @@ def attend_prefill(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
     if groups > 1 and not grouped:
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=run.mask, is_causal=begins, enable_gqa=groups > 1
+        q, k, v, attn_mask=group.mask, is_causal=begins, enable_gqa=groups > 1
     )
 
 
@@ -93,10 +93,10 @@ def attend_decode(q: Tensor, cache: KVCache, layer: int, batch: Batch) -> Tensor
     """
     k, v = cache.read(layer, *batch.span, batch.longest)  # (slots, K, L, E)
     rows = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (R, K, G, E)
-    if batch.place is not None:
-        rows = rows.new_zeros(k.shape[0], *rows.shape[1:]).index_copy(0, batch.place, rows)
+    if batch.slot_in_span is not None:
+        rows = rows.new_zeros(k.shape[0], *rows.shape[1:]).index_copy(0, batch.slot_in_span, rows)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=batch.mask)
-    return (out if batch.place is None else out[batch.place]).flatten(1, 2)
+    return (out if batch.slot_in_span is None else out[batch.slot_in_span]).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -114,22 +114,24 @@ class Attention(nn.Module):
         self.wo = row_linear(heads, args.dim, ranks)
 
     def forward(
-        self, x: Tensor, turns: Tensor, places: Tensor | None, batch: Batch, cache: KVCache | None
-    ) -> Tensor:
+        self, x: Tensor, freqs_cis: Tensor, cache_index: Tensor | None, batch: Batch,
+        cache: KVCache | None,
+    ) -> Tensor:  # fmt: skip
         q, k, v = (w(x).view(len(x), -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, turns), rotate(k, turns)  # (N, H, E), (N, K, E)
+        q, k = rotate(q, freqs_cis), rotate(k, freqs_cis)  # (N, H, E), (N, K, E)
         parts = []
-        if cache is not None and places is not None:
-            cache.write(self.layer, k, v, places)
+        if cache is not None and cache_index is not None:
+            cache.write(self.layer, k, v, cache_index)
             if batch.ones:
                 parts.append(attend_decode(q[: batch.ones], cache, self.layer, batch))
-        for run in batch.runs:
+        for group in batch.prefills:
             queries, keys, values = (
-                t[run.rows].view(run.sequences, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
+                t[group.rows].view(group.sequences, -1, *t.shape[1:]).transpose(1, 2)
+                for t in (q, k, v)
             )  # (B, H or K, S, E)
-            if cache is not None and run.slot is not None:
-                keys, values = cache.read(self.layer, run.slot, run.slot + 1, run.length)
-            parts.append(attend_prefill(queries, keys, values, run).transpose(1, 2).flatten(0, 1))
+            if cache is not None and group.slot is not None:
+                keys, values = cache.read(self.layer, group.slot, group.slot + 1, group.length)
+            parts.append(attend_prefill(queries, keys, values, group).transpose(1, 2).flatten(0, 1))
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)  # (N, H, E)
         return self.wo(joined.flatten(1))  # type: ignore[no-any-return]
 
@@ -157,9 +159,10 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self, x: Tensor, turns: Tensor, places: Tensor | None, batch: Batch, cache: KVCache | None
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), turns, places, batch, cache)
+        self, x: Tensor, freqs_cis: Tensor, cache_index: Tensor | None, batch: Batch,
+        cache: KVCache | None,
+    ) -> Tensor:  # fmt: skip
+        x = x + self.attention(self.attention_norm(x), freqs_cis, cache_index, batch, cache)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
@@ -202,11 +205,11 @@ class Transformer(nn.Module):
         angles = positions[:, None, None].float() * self.freqs  # (N, 1, E/2)
         scaling = self.params.rope_scaling
         length = 1.0 if scaling is None else scaling.attention_factor
-        turns = torch.polar(torch.full_like(angles, length), angles)
-        places = None if cache is None else cache.places(batch, positions)
+        freqs_cis = torch.polar(torch.full_like(angles, length), angles)
+        cache_index = None if cache is None else cache.index_of(batch, positions)
         h = self.tok_embeddings(tokens)  # (N, D)
         for layer in self.layers:
-            h = layer(h, turns, places, batch, cache)
+            h = layer(h, freqs_cis, cache_index, batch, cache)
         return self.norm(h)  # type: ignore[no-any-return]
 
     def logits(self, h: Tensor) -> Tensor:

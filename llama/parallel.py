@@ -5,13 +5,10 @@ model: layers get the sizes of this rank's part. The surprising thing: with one 
 exists; the layers are plain torch ones, and no process group, port or variable is needed.
 """
 
-import atexit
 import contextlib
 import functools
 import io
 import os
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,63 +24,9 @@ from fairscale.nn.model_parallel import mappings
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 
-from llama.meeting import Place, RankError, meet
+from llama.meeting import PATIENCE, Place, RankError, Watch, lost, meet
 
 FOREVER = timedelta(days=365)
-BEAT = 1.0  # seconds between two signs of life
-PATIENCE = timedelta(seconds=6)  # without one from everybody, a rank is taken for gone
-GRACE = 2.0  # seconds that a step may take to end or fail by itself after that
-
-
-class Watch(threading.Thread):
-    """Ends this process where it would wait for ever for a rank that is gone.
-
-    A collective of gloo fails when its partner dies. One of NCCL, or one over a cable that was cut,
-    just waits. So the ranks exchange a sign of life every second; when one is missing, and this
-    rank waits for the others and does not get on, nothing can come any more, and the process exits.
-    Where it does not wait for anybody nothing is done: it will notice when it does. With the sign
-    of life each rank says whether it `failed` in a step, in which the others wait for it as well.
-    """
-
-    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
-        super().__init__(name="llama-watch", daemon=True)
-        self.rank, self.size, self.group = rank, size, group
-        self.waiting_since: float | None = None
-        self.failed = False
-        self._leaving = threading.Event()
-        atexit.register(self.leave)
-
-    def run(self) -> None:
-        try:
-            while not self._leaving.wait(BEAT):
-                dist.monitored_barrier(self.group, PATIENCE, wait_all_ranks=True)
-                failed = torch.tensor([self.rank if self.failed else self.size], device="cpu")
-                dist.all_reduce(failed, dist.ReduceOp.MIN, self.group)
-                if int(failed) < self.size and not self.failed:
-                    raise RuntimeError(f"rank {int(failed)} failed in a step")
-        except RuntimeError as error:
-            began = self.waiting_since
-            while not self._leaving.wait(GRACE):
-                if began is not None and began == self.waiting_since:
-                    self.end(str(error))
-                began = self.waiting_since
-
-    def end(self, error: str) -> None:
-        sys.stderr.write(lost(self.rank, self.size, error) + "\n")
-        sys.stderr.flush()
-        os._exit(1)  # the main thread waits inside a driver and cannot be told
-
-    def leave(self) -> None:
-        """Wait for the last beat: a thread inside gloo when Python ends aborts the process."""
-        self._leaving.set()
-        self.join()  # a beat, or PATIENCE where another rank hangs
-        time.sleep(0.2)  # gloo's own threads may still be letting go of the last tensors
-
-
-def lost(rank: int, size: int, error: str) -> str:
-    """The sentence for a rank that finds itself alone."""
-    first = error.split("\n")[0]
-    return f"rank {rank} of {size} lost another rank, whose own output says why: {first}"
 
 
 @dataclass(frozen=True)

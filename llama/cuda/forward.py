@@ -173,7 +173,7 @@ class FlatForward:
             cache,
             freqs_cis.real.contiguous(),
             freqs_cis.imag.contiguous(),
-            cache.places(batch, positions),
+            cache.index_of(batch, positions),
             positions[: batch.ones] + 1,
             tile_table(batch, self.heads // self.kv_heads, self.cut.rows),
         )

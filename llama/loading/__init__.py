@@ -19,7 +19,7 @@ from llama.checkpoint.quantized.read import PackedTensor
 from llama.loading.memory import free_memory
 from llama.loading.place import Copier, Place
 from llama.loading.plan import Plan, check, check_memory, is_mapped, make_plan
-from llama.loading.settings import as_dtype, with_limits
+from llama.loading.settings import as_dtype, check_vocabulary, with_limits
 from llama.loading.staging import Stager
 from llama.model import Transformer
 from llama.names import groups
@@ -27,6 +27,7 @@ from llama.parallel import Ranks, join, local_device
 from llama.quantization.packed import Format
 from llama.quantization.recipe import Recipe, check_ranks, formats_of
 from llama.terminal.progress import progress
+from llama.tokenizer.protocols import TextTokenizer
 
 __all__ = [
     "Plan",
@@ -56,6 +57,20 @@ class Prepared:
     dtype: torch.dtype
     formats: Mapping[str, Format]
     kernels: bool
+
+    def open_tokenizer(self, path: str | Path | None = None) -> TextTokenizer:
+        """The tokenizer at `path`, or the checkpoint's own, held to the model's vocabulary.
+
+        Raises FileNotFoundError where there is none, ValueError where it belongs to another model.
+        """
+        checkpoint = self.checkpoint
+        tokenizer = checkpoint.open_tokenizer(path)
+        if tokenizer is None:
+            raise FileNotFoundError(f"no tokenizer.model in {checkpoint.path}; give tokenizer_path")
+        named = path or checkpoint.tokenizer_path or checkpoint.path
+        check_vocabulary(tokenizer, checkpoint.args, named)
+        tokenizer.limit(checkpoint.args.vocab_size)
+        return tokenizer
 
     def plan(self, ranks: Ranks) -> Plan:
         """What one of `ranks` needs of its device. Raises ValueError where that is not free, or
