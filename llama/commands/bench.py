@@ -27,7 +27,7 @@ from llama.commands.machine import (
     release,
     times,
 )
-from llama.commands.work import GIB, SHAPES, VOCAB, Report, Timing, Work, lines, work_for
+from llama.commands.timings import GIB, SHAPES, VOCAB, Report, Timing, Work, lines, work_for
 from llama.engine import Engine, Request
 from llama.loading import free_memory, make_plan, prepare
 from llama.loading.runners import runner_for

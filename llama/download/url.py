@@ -27,7 +27,7 @@ class SignedUrl(NamedTuple):
         return self.before.partition("://")[2].partition("/")[0]
 
     def to(self, path: str) -> str:
-        """The URL of a file."""
+        """The signed URL of the file that lies at `path` on the server."""
         return f"{self.before}{path}{self.after}"
 
     def expiry(self) -> str:

@@ -70,5 +70,5 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As `as_dtype` takes it."""
+    """The name of a dtype, such as "bfloat16", which `as_dtype` turns back into it."""
     return str(dtype).removeprefix("torch.")
