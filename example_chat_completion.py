@@ -47,7 +47,7 @@ def main(
     """Answer a few dialogs and print them.
 
     Args:
-        ckpt_dir: folder with params.json and consolidated.NN.pth.
+        ckpt_dir: folder of weights, Meta's or Hugging Face's, or a .gguf file.
         tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
         temperature: 0 takes the most probable token, more is more varied.
         top_p: the share of probability that tokens are sampled from.

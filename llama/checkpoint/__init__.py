@@ -64,7 +64,8 @@ def open_checkpoint(
 
 def _open(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such folder")
+        what = "file" if path.suffix == ".gguf" else "folder"
+        raise FileNotFoundError(f"{path}: there is no such {what}")
     if path.is_dir():
         os.listdir(path)  # raises where it may not be read, which looks like an empty one below
     else:

@@ -27,7 +27,7 @@ def perplexity(
         python -m llama perplexity llama/demo README.md --window 512 --stride 256
 
     Args:
-        quantize: prints the table of compare, as before compare was a command.
+        quantize: with this, against or plot, the table of `compare` is printed.
         against: the same: as in compare.
         plot: the same: as in compare.
     """

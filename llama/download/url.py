@@ -93,6 +93,8 @@ def url_problem(url: str) -> str:
         return (
             f"no URL was given: set PRESIGNED_URL or enter the URL of the e-mail from {ASK_FOR_URL}"
         )
+    if re.fullmatch(r"https?://", url):  # what is left of an example
+        return f"the URL ends after '{url}': {_AGAIN}"
     if not re.match(r"https?://.", url):
         return f"'{url[:60]}' is not a URL that begins with https://: {_AGAIN}"
     if url.count("*") > 1:

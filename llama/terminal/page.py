@@ -38,7 +38,7 @@ def page(
     lines.append(_row("debug", _DEBUG))
     earlier = [f"--{old} for --{new}" for old, new in signature.old.items() if len(old) > 1]
     if earlier:
-        lines += ["", f"Accepted as well, as before: {', '.join(earlier)}."]
+        lines += ["", f"Accepted as well: {', '.join(earlier)}."]
     return "\n".join([*lines, ""])
 
 
