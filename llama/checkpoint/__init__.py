@@ -64,8 +64,7 @@ def open_checkpoint(
 
 def _open(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     if not path.exists():
-        what = "file" if path.suffix == ".gguf" else "folder"
-        raise FileNotFoundError(f"{path}: there is no such {what}")
+        raise FileNotFoundError(f"{path}: there is no such folder")
     if path.is_dir():
         os.listdir(path)  # raises where it may not be read, which looks like an empty one below
     else:
