@@ -146,6 +146,30 @@ def test_threads_get_what_each_call_gets_alone(shared, quick_switches):
     side_by_side(shared(), shared(), 4, 15, seed=0)
 
 
+def test_a_request_that_is_cancelled_as_it_turns_bad_leaves_nothing_in_its_slot(
+    shared, monkeypatch
+):
+    """The cancel came between the step and the writing down of what it brought, which then counted
+    as sound: the next request in the slot read what is no number, though masked."""
+    prompts = [[7, 8, 9], [6] * 50]  # the longer one makes the other's slot be read so far
+    expected = shared().generate(prompts, 5, 0)
+    llama = shared()
+    engine = llama.engine
+    request = engine.submit([*[5] * 40, BAD], SamplingParams(max_tokens=5))
+    plain = engine.runner.run
+
+    def cancelled_meanwhile(share):
+        outcomes = plain(share)
+        engine.cancel(request, "cancelled")
+        return outcomes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "step", cancelled_meanwhile)
+        engine.step()
+    assert request.finish_reason == "cancelled"
+    assert llama.generate(prompts, 5, 0) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -321,7 +321,7 @@ class Engine:
                 else:
                     request.choices.append(choice)
             request.cached = outcome.cached  # after the tokens: where they are missing it runs on
-            if outcome.choices:
+            if outcome.choices and all(choice.finite for choice in outcome.choices):
                 request.sound = outcome.cached
         if self._control is not None:
             self._control.note(choice.token for o in outcomes for choice in o.choices)
