@@ -1,7 +1,8 @@
 """Which runner computes for a model: an accelerator's where its room supports the model, or the
 plain one.
 
-The only file that opens an accelerator's room, and only where the model lies on such a device.
+The only file that has an accelerator's room run a model, and only where the model lies on such a
+device.
 """
 
 import logging
